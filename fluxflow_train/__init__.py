@@ -1,0 +1,1 @@
+"""Train and evaluate the FluxFlow Bezier-activation text-to-image family."""
