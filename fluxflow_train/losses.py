@@ -84,7 +84,7 @@ def adaptive_weight(
 ) -> Tensor:
     """The weight that gives the GAN loss as much gradient at `parameter` as the reconstruction; detached scalar.
 
-    For one rank. On several, average the `gradients_at` over the ranks first: the mean of norms is not the norm of a mean.
+    For one rank. On several, average the `gradients_at` over the ranks before the norms.
     """
     rec, gan = gradients_at(parameter, loss_rec, loss_gan)
     return clamped_ratio(at_least_fp32(rec).norm(), at_least_fp32(gan).norm(), low, high)
@@ -105,6 +105,6 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tenso
 
 @torch.no_grad()
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] to (B,): dB per image, against the range 2. For the training log: no rounding to uint8."""
+    """(B, C, H, W) in [-1, 1] to (B,): dB per image. For the training log: not rounded to uint8."""
     error = (at_least_fp32(x_hat).clamp(-1, 1) - at_least_fp32(x)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / error.clamp(min=1e-10))

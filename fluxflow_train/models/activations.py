@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from fluxflow_train.errors import UserError
 from fluxflow_train.models.bezier import BezierActivation, TrainableBezier
 
-# The cubic through t = sigmoid(x) nearest to SiLU (least squares under N(0, 1), RMS error 0.042), at unit second moment.
+# The cubic through t = sigmoid(x) nearest to SiLU (least squares under N(0, 1), RMS error 0.042), at unit gain.
 SILU_CURVE = (-0.538797699689842, -0.127680535121199, -1.461268641956380, 4.956954672047695)
+
+
+class BezierChannel(TrainableBezier):
+    """A learned curve per channel, no gate; `channels` in, `channels` out. It starts as SiLU."""
+
+    expansion = 1
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(channels, SILU_CURVE, dim)
 
 
 class GatedActivation(nn.Module):
@@ -89,7 +98,7 @@ ARM_NAMES = ("bezier", *_GATED, "bernstein1", "bernstein2", "bezier_channel")
 
 
 def arm(name: str, channels: int, dim: int = 1) -> nn.Module:
-    """The activation `name`, which returns `channels` channels along `dim`; its `expansion` says how many times more it eats.
+    """The activation `name`: returns `channels` channels along `dim`, eats `expansion` times as many.
 
     Raises:
         UserError: `name` is no arm.
@@ -101,6 +110,6 @@ def arm(name: str, channels: int, dim: int = 1) -> nn.Module:
         degree, gain = _BERNSTEIN[name]
         return BezierActivation(dim=dim, degree=degree, gain=gain)
     if name == "bezier_channel":
-        return TrainableBezier(channels, points=SILU_CURVE, dim=dim)
+        return BezierChannel(channels, dim)
     nearest = difflib.get_close_matches(name, ARM_NAMES, n=1, cutoff=0.0)[0]
     raise UserError(f"no activation is called {name!r}: did you mean {nearest!r}? There are {', '.join(ARM_NAMES)}.")

@@ -5,6 +5,7 @@ Source: Isola et al. 2017, "Image-to-image translation with conditional adversar
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,10 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"got an image of {tuple(x.shape[-2:])}, expected sides of at least {self.min_size} pixels"
-            )
+            raise ValueError(f"got image size {tuple(x.shape[-2:])}, expected sides of at least {self.min_size} pixels")
         if (context is None) != (self.embed is None):
-            raise ValueError(
-                f"got context={None if context is None else 'given'}, expected context_dim={self.context_dim}"
-            )
+            given = "no context" if context is None else f"a context of {tuple(context.shape)}"
+            raise ValueError(f"got {given}, expected context_dim={self.context_dim} (0 = none)")
         features = self.features(x)
         logits = self.head(features)
         if self.embed is None:
@@ -76,8 +74,12 @@ class PatchDiscriminator(nn.Module):
         return logits + projection.unsqueeze(1)
 
 
-def initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def initialised(layer: Layer) -> Layer:
     """Weights N(0, 1 / fan_in), biases 0: every arm has unit second moment, so the signal's scale passes unchanged."""
     nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

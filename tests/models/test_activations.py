@@ -101,7 +101,8 @@ def test_any_dim_gives_the_same_numbers(name: str, dim: int) -> None:
 def test_projections_are_planar() -> None:
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
     module = arm("swiglu", 3)
-    expected = module.gain * torch.nn.functional.silu(x[:, :3]) * x[:, 3:]
+    gain = unscaled_second_moment("swiglu") ** -0.5
+    expected = gain * torch.nn.functional.silu(x[:, :3]) * x[:, 3:]
     torch.testing.assert_close(module(x), expected)
 
 
