@@ -8,6 +8,7 @@ import math
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
@@ -22,8 +23,8 @@ class PatchDiscriminator(nn.Module):
     `num_downscales` strided 4x4 convs double the width from `width` to at most `max_width`, one unstrided conv follows,
     then a 4x4 head. `activation` is any arm: each conv emits its expansion. There is no batch norm: R1 and a step that
     is equal on any number of ranks need one image's logits to depend on that image alone.
-    `context_dim` > 0 adds projection conditioning: the inner product of the last features with the embedded context
-    (Source: Miyato & Koyama 2018, "cGANs with projection discriminator", eq. 3), at every patch.
+    `context_dim` > 0 adds projection conditioning: every logit gains the inner product of its patch's mean
+    features with the embedded context (Source: Miyato & Koyama 2018, "cGANs with projection discriminator", eq. 3).
 
     Raises:
         ValueError: an argument is out of range, or (in `forward`) the image is too small or the context missing.
@@ -70,7 +71,8 @@ class PatchDiscriminator(nn.Module):
         logits = self.head(features)
         if self.embed is None:
             return logits
-        projection = torch.einsum("bchw,bc->bhw", features, self.embed(context)) / math.sqrt(features.shape[1])
+        patches = F.avg_pool2d(features, KERNEL, stride=1, padding=1)  # the window of the head
+        projection = torch.einsum("bchw,bc->bhw", patches, self.embed(context)) / math.sqrt(features.shape[1])
         return logits + projection.unsqueeze(1)
 
 
