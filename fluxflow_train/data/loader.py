@@ -1,0 +1,161 @@
+"""What Lightning iterates: batches in the global order with an exact state, and evaluation batches.
+
+Neither is a `DataLoader`, so Lightning leaves their order alone; each holds one.
+"""
+
+import logging
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fluxflow_train.data.reader import BatchReader, Fetched, Request
+from fluxflow_train.data.sampler import GlobalOrder, eval_batches
+from fluxflow_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MEANING = {
+    "seed": "the seed",
+    "batch_size": "the global batch size",
+    "window_shards": "the shuffling window",
+    "fingerprint": "the training data",
+}
+
+
+class TrainLoader:
+    """The whole training as one pass of `num_batches` global batches; this process gets its slice of each.
+
+    Its state is the number of batches that were yielded here, in the main process: those that workers have ready
+    don't count. After `load_state_dict` the pass goes on from there. A second pass yields nothing: the budget is spent.
+    """
+
+    def __init__(
+        self, reader: BatchReader, order: GlobalOrder, num_batches: int, rank: int, world: int, num_workers: int
+    ) -> None:
+        if order.batch_size % world:
+            raise UserError(
+                f"batch_size {order.batch_size} can't be shared by {world} processes: make it a multiple of {world}"
+            )
+        self._reader = reader
+        self._order = order
+        self._num_batches = num_batches
+        self._rank, self._world = rank, world
+        self._num_workers = num_workers
+        self._done = 0
+        self._damaged: dict[int, str] = {}
+        # Lightning looks for this name when it ends a run, and shuts the workers down.
+        self._iterator: Any = None
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        numbers = range(self._done, self._num_batches)
+        requests = (self._order.batch(number, self._rank, self._world) for number in numbers)
+        self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers))
+        for fetched in self._iterator:
+            batch = _checked(fetched)
+            self._count(fetched.damaged)
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: how far the pass has come, and what its order depends on."""
+        return {"batches_done": self._done, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            UserError: it was taken with another order of samples; names what differs.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise UserError(
+                    f"can't resume: {_MEANING[name]} ({name}) is {value} but was {state[name]} when the checkpoint"
+                    " was written; set it back, or start a new run"
+                )
+        self._done = state["batches_done"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self._order.seed,
+            "batch_size": self._order.batch_size,
+            "window_shards": self._order.window_shards,
+            "fingerprint": self._reader.selection.fingerprint,
+        }
+
+    def _count(self, damaged: dict[int, str]) -> None:
+        """Count each damaged sample once, say so ever more seldom, and stop where they are too many."""
+        for sample, cause in damaged.items():
+            if sample in self._damaged:
+                continue
+            self._damaged[sample] = cause
+            count = len(self._damaged)
+            if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
+                log.warning("%s: %s; the next sample stands in (%d so far)", self._name(sample), cause, count)
+            known = sum(self._reader.selection.damaged.values())
+            causes = self._reader.selection.damaged + Counter(self._damaged.values())
+            self._reader.selection.check_damage(known + count, dict(causes))
+
+    def _name(self, sample: int) -> str:
+        return self._reader.selection.name(sample)
+
+
+class EvalLoader:
+    """Each sample of a split once over all processes: rank, rank + world, ...; may be iterated any number of times."""
+
+    def __init__(self, reader: BatchReader, batch_size: int, rank: int, world: int, num_workers: int) -> None:
+        self._reader = reader
+        self._batches = eval_batches(len(reader.selection), batch_size, rank, world)
+        self._loader = _torch_loader(reader, self._batches, num_workers)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises UserError at a damaged image: leaving it out would change what the figures are figures of."""
+        for fetched in self._loader:
+            batch = _checked(fetched)
+            for sample, cause in fetched.damaged.items():
+                name = self._reader.selection.name(sample)
+                raise UserError(f"{name}: {cause}; take it out of the shard, since evaluation skips nothing")
+            yield batch
+
+
+def _torch_loader(reader: BatchReader, requests: Iterable[Request], num_workers: int) -> DataLoader[Fetched]:
+    workers: dict[str, Any] = {}
+    if num_workers:
+        # Workers never touch a device, so forking is safe where it is the quick way to start them.
+        context = "fork" if sys.platform == "linux" else "spawn"
+        workers = {"persistent_workers": True, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=requests,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every pass draws a seed from the global generator
+        **workers,
+    )
+
+
+def _as_is(fetched: Any) -> Any:
+    return fetched
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _checked(fetched: Fetched) -> dict[str, Any]:
+    if fetched.error:
+        raise UserError(fetched.error)
+    return fetched.batch

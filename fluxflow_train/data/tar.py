@@ -1,0 +1,102 @@
+"""Read the table of a tar strictly: everything in it is found, or the damage is named with its place."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from fluxflow_train.errors import UserError
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: where its header starts, where its `size` bytes of data lie."""
+
+    name: str
+    header: int
+    offset: int
+    size: int
+
+
+def read_members(path: str) -> list[Member]:
+    """Every regular file of the plain tar at `path`, in order.
+
+    Raises:
+        UserError: the file is missing or not a plain, whole tar; the message names the shard and the offset.
+    """
+    check_local(path)
+    try:
+        with open(path, "rb") as file:
+            _check_kind(path, file)
+            return list(_members(path, file))
+    except OSError as error:
+        raise UserError(f"can't read shard {path}: {error.strerror or error}") from error
+
+
+def check_local(path: str) -> None:
+    """Raises UserError unless `path` names a file of this machine."""
+    if path.startswith("pipe:"):
+        raise UserError(f"{path!r} would run a shell command, which is refused: write its output to a file first")
+    if "://" in path:
+        raise UserError(f"{path} is not a local file: download the shard first, remote shards are not read")
+    if not os.path.isfile(path):
+        raise UserError(f"shard {path} does not exist or is not a file: check the paths in data")
+
+
+def _check_kind(path: str, file: BinaryIO) -> None:
+    head = file.read(_BLOCK)
+    if not head:
+        raise UserError(f"shard {path} is empty (0 bytes): copy or download it again")
+    if head.startswith(b"\x1f\x8b"):
+        raise UserError(f"shard {path} is gzip-compressed: unpack it first (gunzip), images don't shrink anyway")
+    if head.lstrip().startswith(b"<"):
+        raise UserError(f"shard {path} is a web page, not a tar: its download failed, repeat it")
+
+
+def _members(path: str, file: BinaryIO) -> Iterator[Member]:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    try:
+        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=2)
+    except tarfile.TarError as error:
+        raise UserError(f"shard {path} is not a tar (damaged header at offset 0): {error}; copy it again") from error
+    while True:
+        offset = tar.offset
+        try:
+            info = tar.next()
+        except tarfile.TarError as error:
+            raise _damaged(path, offset, "the file is cut short") from error
+        if info is None:
+            break
+        if info.offset_data + info.size > size:
+            raise _damaged(path, info.offset, f"{info.name} is cut short")
+        if info.isdir():
+            continue
+        if not info.isreg() or info.issparse():
+            raise _damaged(path, info.offset, f"{info.name} is a link or special file")
+        yield Member(info.name, info.offset, info.offset_data, info.size)
+    _check_end(path, file, tar.offset)
+
+
+def _check_end(path: str, file: BinaryIO, end: int) -> None:
+    """tarfile stops without a word at a header that it can't read; only zeros may follow where it stopped."""
+    file.seek(end)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        raise _damaged(path, end, "the file is cut short, its end mark is missing")
+    if block.strip(b"\0"):
+        raise _damaged(path, end, "damaged header")
+    position = end + _BLOCK
+    while chunk := file.read(1 << 20):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            position += len(chunk) - len(rest)
+            raise _damaged(path, position, "more data behind the end mark (two tars concatenated?)")
+        position += len(chunk)
+
+
+def _damaged(path: str, offset: int, what: str) -> UserError:
+    return UserError(f"shard {path}, offset {offset}: {what}; copy or write the shard again")

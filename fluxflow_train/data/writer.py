@@ -1,0 +1,92 @@
+"""Write WebDataset shards once: same samples, same bytes; readers see the whole folder or none of it."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxflow_train.data.sources import SPLITS, Split
+from fluxflow_train.errors import UserError
+
+MANIFEST = "manifest.json"
+SAMPLES_PER_SHARD = 500
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a shard: `members` maps an extension without its dot to the bytes of that member."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one USTAR tar whose bytes depend on the samples alone (TarInfo's mtime, uid and gid are 0)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for extension, data in sample.members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def write_splits(folder: Path, splits: dict[Split, list[Sample]]) -> list[dict[str, Any]]:
+    """Write each split as `<split>-00000.tar` and so on; returns one manifest row per shard."""
+    rows: list[dict[str, Any]] = []
+    for split, samples in splits.items():
+        for number, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
+            part = samples[start : start + SAMPLES_PER_SHARD]
+            path = folder / f"{split}-{number:05d}.tar"
+            write_shard(path, part)
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            rows.append({"name": path.name, "split": split, "samples": len(part), "bytes": len(data), "sha256": digest})
+    return rows
+
+
+def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    """Make `folder` by calling `write(temporary folder) -> manifest` and renaming, unless it is there already.
+
+    Two processes may do this at once: the second to finish finds the folder made and discards its own.
+
+    Raises:
+        UserError: the parent folder can't be written to.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        manifest = write(temporary)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.rename(folder)
+    except OSError as error:
+        if not (folder / MANIFEST).exists():
+            raise UserError(f"can't write shards to {folder.parent}: {error}; choose another data root") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def published_shards(folder: Path, split: Split) -> list[str]:
+    """The shards of `split` that the manifest of a published folder names, in its order.
+
+    Raises:
+        UserError: the folder was never prepared, or a shard has gone or changed size.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise UserError(f"{folder} has no {MANIFEST}: prepare the data first (python -m fluxflow_train.prepare)")
+    rows = [row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"] if row["split"] == split]
+    for row in rows:
+        path = folder / row["name"]
+        if not path.exists() or path.stat().st_size != row["bytes"]:
+            raise UserError(f"{path} is missing or not as its manifest says: delete the folder to have it made anew")
+    return [str(folder / row["name"]) for row in rows]
