@@ -4,11 +4,13 @@ N images of the split, D latent channels, h w latent grid.
 """
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from fluxflow_train.data.sources import Split
 from fluxflow_train.metrics import features
-from fluxflow_train.metrics.baselines import fit_pca
+from fluxflow_train.metrics.baselines import PCA, fit_pca
 from fluxflow_train.reports import figures, page, protocol
 from fluxflow_train.reports.checks import run_checks, status_of
 from fluxflow_train.reports.distances import MAX_FLOOR, PROJECTION_IMAGES, feature_results
-from fluxflow_train.reports.passes import TRAIN_POOL, EvaluationData, SplitPass, draw_train, read_split
+from fluxflow_train.reports.passes import TRAIN_POOL, EvaluationData, SplitPass, TrainSample, draw_train, read_split
 from fluxflow_train.reports.results import cost_results, reconstruction_results
 
 SCHEMA = "fid_report/v1"
@@ -34,7 +37,7 @@ def evaluate_vae(
     data: EvaluationData,
     run_dir: Path,
     *,
-    split: str = "test",
+    split: Split = "test",
     device: torch.device | str,
     seed: int,
     provenance: dict[str, Any],
@@ -43,81 +46,96 @@ def evaluate_vae(
 
     Args:
         run_dir: where `metrics.csv` is read from; nothing is written (see `write_report`).
-        provenance: what the run knows and the evaluation cannot see: "command" (str), and any of the dictionaries
-            "model" (images_seen, checkpoint, ema, ...), "reference" (dataset, licence, manifest hash, ...),
-            "environment" (git, ...) and "cost" (training seconds, ...), which are merged into the report's own.
+        provenance: what the run knows and the evaluation cannot see: "command" (str), and where there is something to
+            say the dictionaries "model" (experiment, images_seen, checkpoint, ema, ...), "reference" (dataset, licence,
+            manifest hash, ...), "environment" (git, ...) and "cost" (seconds_training, ...), merged into the report's
+            own; their values are plain JSON.
     """
     device = torch.device(device)
     was_training = vae.training
     vae = vae.to(device).eval()
     try:
-        return _evaluate(vae, data, run_dir, split, device, seed, provenance)
+        evidence = measure(vae, data, split, device, seed)
+        return report_of(vae, evidence, run_dir, split, device, seed, provenance)
     finally:
         vae.train(was_training)
 
 
-def _evaluate(
+@dataclass
+class Evidence:
+    """What the readings of the data left behind. `shape` (H, W); `cost` in seconds, by phase."""
+
+    expected: int
+    shape: tuple[int, int]
+    latent_shape: tuple[int, int, int]
+    train: TrainSample
+    pca: PCA
+    measured: SplitPass
+    extractor: features.EfficientNetLite0 | None
+    cost: dict[str, float]
+
+
+def measure(vae: nn.Module, data: EvaluationData, split: Split, device: torch.device, seed: int) -> Evidence:
+    """Draw training images, fit the PCA, reconstruct the split."""
+    extractor = features.EfficientNetLite0().to(device) if features.available() else None
+    expected, num_train = data.num_samples(split), data.num_samples("train")
+    num_features = PROJECTION_IMAGES + min(expected, MAX_FLOOR)
+    cost: dict[str, float] = {}
+    with clock(cost, "seconds_draw_train"), progress("draw train", min(num_train, TRAIN_POOL)) as advance:
+        train = draw_train(data, seed, num_features, extractor, device, advance)
+    height, width = train.images.shape[-2:]
+    latent_shape = vae.latent_shape(height, width)  # type: ignore[operator]
+    with clock(cost, "seconds_fit_pca"):
+        pca = fit_pca(train.images, math.prod(latent_shape))
+    with clock(cost, "seconds_measure"), progress(f"measure {split}", expected) as advance:
+        measured = read_split(vae, data, split, seed, NUM_EXAMPLES, pca, extractor, device, advance)
+    return Evidence(expected, (height, width), latent_shape, train, pca, measured, extractor, cost)
+
+
+def report_of(
     vae: nn.Module,
-    data: EvaluationData,
+    evidence: Evidence,
     run_dir: Path,
-    split: str,
+    split: Split,
     device: torch.device,
     seed: int,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    extractor = features.EfficientNetLite0().to(device) if features.available() else None
-    expected = data.num_samples(split)
-    shape = next(iter(data.eval_dataloader(split)))["image"].shape[-2:]
-    latent_shape = vae.latent_shape(*shape)  # type: ignore[operator]
-    with progress("draw train", min(data.num_samples("train"), TRAIN_POOL)) as advance:
-        train = draw_train(data, seed, PROJECTION_IMAGES + min(expected, MAX_FLOOR), extractor, device, advance)
-    drawn = time.perf_counter()
-    pca = fit_pca(train.images, latent_shape[0] * latent_shape[1] * latent_shape[2])
-    fitted = time.perf_counter()
-    with progress(f"measure {split}", expected) as advance:
-        measured = read_split(vae, data, split, seed, NUM_EXAMPLES, pca, extractor, device, advance)
-    read = time.perf_counter()
-    results, estimator = reconstruction_results(measured, pca, len(train.images), shape)
+    """The dictionary that becomes `report.json`."""
+    measured = evidence.measured
+    results, estimator = reconstruction_results(measured, evidence.pca, len(evidence.train.images), evidence.shape)
     warnings: list[str] = []
-    if extractor is None:
+    if evidence.extractor is None:
         warnings.append(f"no feature distances: the extractor is not installed ({features.REMEDY})")
     else:
-        more, more_estimator, more_warnings = feature_results(measured, train.features, seed)
-        results, estimator, warnings = results + more, estimator | more_estimator, warnings + more_warnings
+        more, more_estimator, warnings = feature_results(measured, evidence.train.features, seed)
+        results, estimator = results + more, estimator | more_estimator
     results += cost_results(vae, measured, device)
-    checks = run_checks(measured, expected)
-    model = describe(vae, latent_shape) | provenance.get("model", {})
-    status, reasons = status_of(checks, model, expected, extractor is not None)
-    finished = time.perf_counter()
+    checks = run_checks(measured, evidence.expected)
+    model = describe(vae, evidence.latent_shape) | provenance.get("model", {})
+    status, reasons = status_of(checks, model, evidence.expected, evidence.extractor is not None)
+    reference = {"split": split, "images": evidence.expected, "keys_sha256": protocol.digest(measured.keys)}
     return {
         "schema": SCHEMA,
         "status": status,
         "status_reasons": reasons,
-        "command": provenance.get("command", ""),
+        "command": provenance["command"],
         "results": results,
-        "protocol": protocol.vae_protocol(split, shape[0], shape[1], seed),
-        "reference": {"split": split, "images": expected, "keys_sha256": protocol.digest(measured.keys)}
-        | provenance.get("reference", {}),
+        "protocol": protocol.vae_protocol(split, *evidence.shape, seed),
+        "reference": reference | provenance.get("reference", {}),
         "samples": {
-            "expected": expected,
+            "expected": evidence.expected,
             "synced": len(measured.indices),
             "unique": len(set(measured.indices)),
             "seed": seed,
             "seed_rule": "eps from (seed, 'eval-eps', index); examples from (seed, 'report-examples')",
         },
-        "extractor": describe_extractor(extractor),
+        "extractor": describe_extractor(evidence.extractor),
         "estimator": estimator,
         "model": model,
         "environment": protocol.environment(device) | provenance.get("environment", {}),
         "checks": checks,
-        "cost": {
-            "seconds_draw_train": round(drawn - started, 2),
-            "seconds_fit_pca": round(fitted - drawn, 2),
-            "seconds_measure": round(read - fitted, 2),
-            "seconds_total": round(finished - started, 2),
-        }
-        | provenance.get("cost", {}),
+        "cost": evidence.cost | provenance.get("cost", {}),
         "warnings": warnings,
         "figures": draw_figures(vae, measured, run_dir, device),
     }
@@ -163,6 +181,14 @@ def draw_figures(vae: nn.Module, measured: SplitPass, run_dir: Path, device: tor
         "amplify": figures.AMPLIFY,
         "psnr_histogram": figures.histogram(measured.scores["model"].per_image("psnr")),
     }
+
+
+@contextmanager
+def clock(cost: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds spent inside, under `name`."""
+    started = time.perf_counter()
+    yield
+    cost[name] = round(time.perf_counter() - started, 2)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxflow_train import rng
+from fluxflow_train.data.sources import Split
 from fluxflow_train.losses import rate_nats
 from fluxflow_train.metrics.baselines import PCA, white_like
 from fluxflow_train.metrics.features import EfficientNetLite0
@@ -28,9 +29,9 @@ NUM_WORST = 4
 class EvaluationData(Protocol):
     """What an evaluation asks of a data module."""
 
-    def num_samples(self, split: str) -> int: ...
+    def num_samples(self, split: Split) -> int: ...
 
-    def eval_dataloader(self, split: str) -> Iterable[dict[str, Any]]: ...
+    def eval_dataloader(self, split: Split) -> Iterable[dict[str, Any]]: ...
 
 
 @dataclass
@@ -108,7 +109,7 @@ def draw_train(
 def read_split(
     vae: nn.Module,
     data: EvaluationData,
-    split: str,
+    split: Split,
     seed: int,
     num_examples: int,
     pca: PCA,
