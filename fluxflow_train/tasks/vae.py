@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxflow_train import losses, rng, schedule
-from fluxflow_train.data.images import to_model_range, to_uint8
+from fluxflow_train.metrics import reconstruction as metrics
 from fluxflow_train.models.vae import VAEOutput
+from fluxflow_train.pixels import dequantize, quantize
 from fluxflow_train.tasks.guard import Guard
 from fluxflow_train.tasks.meters import Meters
 
@@ -131,7 +132,7 @@ class VAETask(L.LightningModule):
     # ---- training ----
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
-        x = to_model_range(batch["image"])
+        x = dequantize(batch["image"])
         num_images = len(x) * self.trainer.world_size
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -245,23 +246,26 @@ class VAETask(L.LightningModule):
     # ---- validation (on averaged weights: the EMA callback swaps them in) ----
 
     def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(4, dtype=torch.float64)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        x = to_model_range(batch["image"])
+        image = batch["image"]
+        x = dequantize(image)
         with torch.autocast(self.device.type, enabled=False):
             out = self.vae(x, x.new_zeros(len(x), *self.vae.latent_shape(*x.shape[-2:])))
-        psnr = losses.psnr(to_model_range(to_uint8(out.x_hat)), x).double().sum()
-        rate = losses.rate_nats(out.mu, out.logvar).double().sum()
-        rec = losses.l1_loss(out.x_hat, x).double() * len(x)
-        self.sums += torch.stack([psnr, rate, rec, psnr.new_tensor(len(x))]).cpu()
+        values = [
+            metrics.psnr(image, quantize(out.x_hat)),
+            metrics.ssim(image, quantize(out.x_hat)),
+            losses.rate_nats(out.mu, out.logvar).double(),
+        ]
+        self.sums += torch.stack([*(v.sum().cpu() for v in values), torch.tensor(len(x)).double()])
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
         sums = self.trainer.strategy.reduce(self.sums.to(self.device), reduce_op="sum")
-        psnr, rate, l1 = (sums[:3] / sums[3]).tolist()
-        self.record({"val/psnr": psnr, "val/rate_nats": rate, "val/l1": l1})
+        psnr, ssim, rate = (sums[:3] / sums[3]).tolist()
+        self.record({"val/psnr": psnr, "val/ssim": ssim, "val/rate_nats": rate})
         if self.last_record is not None:  # validation time is no training time
             self.last_record = (self.images_seen, time.perf_counter())
 

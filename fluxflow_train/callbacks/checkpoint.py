@@ -1,0 +1,63 @@
+"""Checkpoints that a power cut can't spoil: `last.ckpt`, the one before it, and the best so far."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from fluxflow_train.files import replacing
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+class Checkpoint(L.Callback):
+    """Saves every `every_images` images and at the end; after a validation that beat all before it, `best.ckpt` too.
+
+    A file is written to a temporary name, synced and renamed. The former `last.ckpt` stays as `previous.ckpt`, for the
+    day that the last one turns out damaged. `monitor` is a validation scalar that is better when higher.
+    """
+
+    def __init__(self, folder: str, every_images: int, monitor: str):
+        self.folder = Path(folder)
+        self.every_images, self.monitor = every_images, monitor
+        self.saved_at = 0
+        self.best = float("-inf")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        seen: int = pl_module.images_seen  # type: ignore[assignment]
+        if seen // self.every_images > self.saved_at // self.every_images:
+            self.save(trainer, seen)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = pl_module.latest.get(self.monitor)  # type: ignore[union-attr]
+        if not trainer.sanity_checking and value is not None and value > self.best:
+            self.best = value
+            self.write(trainer, self.folder / BEST)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seen: int = pl_module.images_seen  # type: ignore[assignment]
+        if seen > self.saved_at:
+            self.save(trainer, seen)
+
+    def save(self, trainer: L.Trainer, images_seen: int) -> None:
+        """Move `last.ckpt` to `previous.ckpt` once the new one is safely written beside it."""
+        self.saved_at = images_seen
+        last = self.folder / LAST
+        self.write(trainer, last, before_rename=lambda: last.exists() and os.replace(last, self.folder / PREVIOUS))
+
+    def write(self, trainer: L.Trainer, path: Path, before_rename: Callable[[], object] = lambda: None) -> None:
+        """Collective: every rank takes part, the first one writes."""
+        if trainer.is_global_zero:
+            with replacing(path) as temporary:
+                trainer.save_checkpoint(temporary)
+                before_rename()
+        else:
+            trainer.save_checkpoint(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved_at": self.saved_at, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved_at, self.best = state_dict["saved_at"], state_dict["best"]

@@ -1,0 +1,115 @@
+"""Hydra's entry point, with answers on one line. Nothing here may import torch: `--help` must be quick."""
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fluxflow_train.errors import UserError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def config_folder() -> Path:
+    """`conf/`: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make `body(cfg)` a command over `conf/<config_name>.yaml`.
+
+    What the user can put right is answered by one line and exit code 1 (2 for the command line itself); anything else
+    is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
+    """
+
+    def decorate(body: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def main() -> None:
+            show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
+            try:
+                hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(body)()
+            except KeyboardInterrupt:
+                sys.exit(130)
+            except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
+                answer = explain(error)
+                if show_all or answer is None:
+                    raise
+                print(answer[0], file=sys.stderr)
+                sys.exit(answer[1])
+
+        return main
+
+    return decorate
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code for an error of the user's; None where it is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return f"error: {cause}", 1
+        if isinstance(cause, OSError):
+            if cause.errno not in UNWRITABLE:
+                return None
+            where = cause.filename or "the output folder"
+            return f"error: cannot write {where}: {cause.strerror}; make room, or choose another place with run=DIR", 1
+        if isinstance(cause, ValueError) and isinstance(error, HydraException):  # a constructor's own words
+            return f"error: {one_line(str(cause))}", 1
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"error: {one_line(str(error))}{suggestion(error)}", 2
+    return None
+
+
+def one_line(text: str) -> str:
+    """Hydra's paragraph as a sentence: without its advice on `+`, its lists and its line breaks."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    ended = [i for i, line in enumerate(lines) if not line or line.startswith(("Available options", "full_key", "Set the"))]
+    kept = lines[: ended[0]] if ended and ended[0] else lines
+    return " ".join(line for line in kept if not line.startswith("To append"))
+
+
+def suggestion(error: Exception) -> str:
+    """The nearest valid name to the one that Hydra did not find."""
+    text = str(error)
+    option = re.search(r"Could not find '([^']+)'", text)
+    if option and "Available options" in text:
+        group, _, name = option[1].rpartition("/")
+        names = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        near = difflib.get_close_matches(name, names, n=1) or [", ".join(names)]
+        return f" Did you mean {group}={near[0]}?" if near[0] in names else f" There are: {near[0]}"
+    key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
+    if key:
+        wanted = (key[1] or key[2]).lstrip("+")
+        near = difflib.get_close_matches(wanted, known_keys(), n=1, cutoff=0.5)
+        return f" Did you mean {near[0]}?" if near else " --cfg job shows every key."
+    return ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key and every group under `conf/`, read from the files without composing them."""
+    from omegaconf import OmegaConf
+
+    keys: set[str] = set()
+
+    def walk(node: object, prefix: str) -> None:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            if not str(name).startswith(("_", "/", "defaults", "override")):
+                keys.add(f"{prefix}{name}")
+                walk(value, f"{prefix}{name}.")
+
+    root = config_folder()
+    for path in root.rglob("*.yaml"):
+        package = path.parent.relative_to(root).as_posix()
+        walk(OmegaConf.to_container(OmegaConf.load(path)), "" if package in (".", "experiment") else f"{package}.")
+        keys.add(package)
+    return sorted(keys - {"."})
