@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 Decode = Literal["exact", "draft2x", "draft1x"]
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 274
-_TRANSPOSED = {5, 6, 7, 8}  # orientations that exchange width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _DRAFT_FACTOR = {"draft2x": 2, "draft1x": 1}
 
@@ -49,9 +57,9 @@ def image_size(data: bytes) -> tuple[int, int]:
     image = _open(data)
     width, height = image.size
     # PNG may keep EXIF behind the pixels, and getexif() would decode them all to find it.
-    has_exif = image.format != "PNG" or "exif" in image.info
-    turned = has_exif and image.getexif().get(_ORIENTATION) in _TRANSPOSED
-    return (height, width) if turned else (width, height)
+    if image.format == "PNG" and "exif" not in image.info:
+        return width, height
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimits) -> np.ndarray:
@@ -74,7 +82,9 @@ def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimi
         raise ValueError(f"decode: got {decode!r}, expected one of {get_args(Decode)}")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        orientation = _orientation(image)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
         image = _rgb_on_white(image)
     except _BROKEN as error:
         raise BadImage("damaged image") from error
@@ -91,6 +101,15 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("too many pixels") from error
     except _BROKEN as error:
         raise BadImage("not an image") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8. EXIF that can't be read is common on the web and no reason to refuse an image."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

@@ -56,7 +56,7 @@ class GlobalOrder:
     def _at(self, position: int) -> tuple[int, int]:
         epoch, within = divmod(position, self._num_samples)
         if epoch not in self._epochs:
-            # A batch spans two epochs at their border; with tiny datasets more, which are quickly made again.
+            # A batch at the border of two epochs needs both; one order is 8 bytes a sample, so no more are kept.
             self._epochs = {old: order for old, order in self._epochs.items() if old == epoch - 1}
             self._epochs[epoch] = epoch_order(self.seed, epoch, self.shard_sizes, self.window_shards)
         return epoch, int(self._epochs[epoch][within])

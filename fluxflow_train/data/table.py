@@ -57,6 +57,7 @@ def build_table(path: str) -> ShardTable:
         "tar_mtime_ns": status.st_mtime_ns,
         "fingerprint": hashlib.sha256(json.dumps([Path(path).name, status.st_size, listing]).encode()).hexdigest(),
         "dotted_keys": dotted[:_DOTTED_KEYS_NAMED],
+        "dotted_keys_count": len(dotted),
         "counts": dict(counts),
     }
     return ShardTable(header, columns, np.frombuffer(b"".join(keys), np.uint8))
