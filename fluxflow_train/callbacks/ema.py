@@ -41,7 +41,7 @@ class EMA(L.Callback):
             self.images_seen = images_seen(pl_module)
         if {k: v.shape for k, v in self.average.items()} != {k: p.shape for k, p in weights.items()}:
             raise UserError(
-                "the checkpoint averages weights of another architecture: resume with its own config or give another run="
+                "the checkpoint averages weights of another architecture: resume with its config, or give another run="
             )
         self.average = {name: self.average[name].to(p.device) for name, p in weights.items()}
 
