@@ -1,10 +1,130 @@
 """The page: one HTML file without network or dependencies, rendered from the report's dictionary alone."""
 
-from html import escape
+import json
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fluxflow_train.reports import charts
+
+FOLDER = Path(__file__).parent
+CURVES = (
+    ("PSNR", "dB", ("train/psnr", "val/psnr")),
+    ("SSIM", "", ("val/ssim",)),
+    ("Loss", "", ("train/loss", "train/loss_rec")),
+    ("Rate", "nats per image", ("train/rate_nats", "val/rate_nats")),
+    ("KL", "nats per latent element", ("train/loss_kl",)),
+    ("Adversarial losses", "", ("train/loss_gan", "train/loss_disc")),
+    ("Gradient norm", "", ("train/grad_norm",)),
+    ("Learning rate", "", ("train/lr",)),
+    ("Training speed", "images/s", ("train/images_per_second",)),
+)
+BASELINES = (
+    ("pca", "PCA"),
+    ("white", "Plain white"),
+    ("noise_floor", "Real vs real"),
+    ("another_image", "Another image"),
+)
+TILES = ("ssim", "psnr_nonwhite", "psnr_sampled", "rate_nats", "parameters", "images_per_second", "peak_memory")
+STATUS = {
+    "final": "every self-check passed",
+    "partial": "correct, but not everything is there",
+    "smoke": "not a result",
+}
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """For people: decibels to a hundredth, large counts with k or M, the rest to four digits."""
+    if value is None:
+        return "–"
+    if unit == "dB":
+        return f"{value:.2f}"
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:.4g}"
+
+
+def plain(value: Any) -> str:
+    """A provenance value as one line of text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def metric_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results that have baselines, each with those by kind."""
+    rows = []
+    for head in results:
+        rivals = {r["baseline"]: r for r in results if r["baseline_of"] == head["name"]}
+        if rivals:
+            rows.append({"head": head, "rivals": rivals, "digits": head["unit"]})
+    return rows
+
+
+def bars(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The headline result and its baselines, the width of each in percent of the largest."""
+    rows = [r for r in results if (r["name"] == name or r["baseline_of"] == name) and r["value"] is not None]
+    largest = max((r["value"] for r in rows), default=1) or 1
+    return [r | {"width": max(0.0, round(100 * r["value"] / largest, 1))} for r in rows]
+
+
+def training_charts(curves: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """The known curves in their groups, then each other column by itself."""
+    known = {name for _, _, names in CURVES for name in names}
+    groups = [*CURVES, *((name, "", (name,)) for name in curves if name not in known)]
+    drawn = []
+    for title, unit, names in groups:
+        series = {name: curves[name] for name in names if name in curves}
+        if series:
+            chart = charts.line_chart(series, title=f"{title} against images seen", x_label="images seen", unit=unit)
+            drawn.append({"title": title, "unit": unit, "names": list(series), "chart": chart})
+    return drawn
+
+
+def bezier_charts(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One chart per trainable Bezier."""
+    return [e | {"chart": charts.bezier_chart(e, title=f"Learned curves of {e['name']}")} for e in entries]
+
+
+def psnr_chart(report: dict[str, Any], mean: float | None) -> Markup | None:
+    """The distribution over images, where there is one."""
+    counts = report["figures"]["psnr_histogram"]
+    if mean is None or not sum(counts["counts"]):
+        return None
+    return charts.histogram(
+        counts["edges"], counts["counts"], title="PSNR of each image", x_label="PSNR, dB", mark=mean
+    )
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as HTML5."""
-    rows = "".join(f"<tr><td>{escape(r['label'])}<td>{r['value']}" for r in report["results"])
-    return f"<!doctype html><meta charset=utf-8><title>Report</title><table>{rows}</table>"
+    """The report as HTML5; every text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "plain": plain}
+    results = report["results"]
+    by_name = {r["name"]: r for r in results}
+    rows = metric_rows(results)
+    kinds = {kind for row in rows for kind in row["rivals"]}
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        headline=by_name["psnr"],
+        bars=bars(results, "psnr"),
+        tiles=[by_name[name] for name in TILES if name in by_name],
+        rows=rows,
+        baselines=[(kind, label) for kind, label in BASELINES if kind in kinds],
+        notes=[r for r in results if r["note"]],
+        histogram=psnr_chart(report, by_name["psnr"]["raw"]),
+        training=training_charts(report["figures"]["curves"]),
+        curves=bezier_charts(report["figures"]["bezier"]),
+        status_text=STATUS[report["status"]],
+        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
+    )
