@@ -35,12 +35,19 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
         def main() -> None:
             show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
+            composed = False
+
+            def run(cfg: DictConfig) -> None:
+                nonlocal composed
+                composed = True
+                body(cfg)
+
             try:
-                hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(body)()
+                hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(run)()
             except KeyboardInterrupt:
                 sys.exit(130)
-            except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-                answer = explain(error)
+            except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+                answer = explain(error) if composed else (f"error: {one_line(error)}{suggestion(error)}", 2)
                 if show_all or answer is None:
                     raise
                 print(answer[0], file=sys.stderr)
@@ -51,34 +58,36 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
     return decorate
 
 
-def explain(error: Exception) -> tuple[str, int] | None:
-    """The line and the exit code for an error of the user's; None where it is none."""
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code for an error of the user's while a command runs; None where it is none."""
+    instantiating = isinstance(error, HydraException)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return f"error: {cause}", 1
-        if isinstance(cause, OSError):
-            if cause.errno not in UNWRITABLE:
-                return None
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             where = cause.filename or "the output folder"
             return f"error: cannot write {where}: {cause.strerror}; make room, or choose another place with run=DIR", 1
-        if isinstance(cause, ValueError) and isinstance(error, HydraException):  # a constructor's own words
-            return f"error: {one_line(str(cause))}", 1
+        if instantiating and isinstance(cause, ValueError | ModuleNotFoundError):  # a constructor's own words
+            return f"error: {one_line(cause)}", 1
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"error: {one_line(str(error))}{suggestion(error)}", 2
+    if isinstance(error, OmegaConfBaseException):
+        return f"error: {one_line(error)}", 2
     return None
 
 
-def one_line(text: str) -> str:
-    """Hydra's paragraph as a sentence: without its advice on `+`, its lists and its line breaks."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    ended = [i for i, line in enumerate(lines) if not line or line.startswith(("Available options", "full_key", "Set the"))]
+def one_line(error: BaseException) -> str:
+    """A paragraph of Hydra's as a sentence: without its advice on `+`, its lists and its line breaks."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause).strip():
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(cause).strip().splitlines()]
+    ended = [i for i, line in enumerate(lines) if not line or line.startswith(("full_key", "object_type", "Set the"))]
     kept = lines[: ended[0]] if ended and ended[0] else lines
     return " ".join(line for line in kept if not line.startswith("To append"))
 
 
-def suggestion(error: Exception) -> str:
+def suggestion(error: BaseException) -> str:
     """The nearest valid name to the one that Hydra did not find."""
     text = str(error)
     option = re.search(r"Could not find '([^']+)'", text)

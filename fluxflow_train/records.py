@@ -1,4 +1,4 @@
-"""`metrics.csv`: every logged scalar against the images seen."""
+"""Where scalars go, always against the images seen: `metrics.csv`, and W&B on the same axis."""
 
 import csv
 import io
@@ -6,9 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 
 FILE_NAME = "metrics.csv"
@@ -58,6 +59,27 @@ class CSVRecords(Logger):
 
     def rewrite(self) -> None:
         write_atomically(self.path, render(self.columns, self.rows, header=True).encode())
+
+
+class WandbRecords(WandbLogger):
+    """Lightning's W&B logger with `images_seen` as the axis; a run directory that resumes resumes its W&B run."""
+
+    def __init__(self, project: str, name: str, group: str, id: str, save_dir: str, offline: bool):
+        try:
+            super().__init__(
+                project=project, name=name, group=group, id=id, save_dir=save_dir, offline=offline, resume="allow"
+            )
+        except ModuleNotFoundError as error:
+            raise UserError('logger=wandb needs wandb: pip install "fluxflow-train[wandb]"') from error
+        self._axis_defined = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if not self._axis_defined:
+            self.experiment.define_metric(CLOCK)
+            self.experiment.define_metric("*", step_metric=CLOCK)
+            self._axis_defined = True
+        self.experiment.log(dict(metrics))
 
 
 def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -1,0 +1,107 @@
+"""The run directory: made once, resumed by naming it again. Its layout is a contract with people and other commands."""
+
+import os
+import secrets
+import warnings
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fluxflow_train.callbacks.checkpoint import LAST, PREVIOUS
+from fluxflow_train.errors import UserError
+from fluxflow_train.files import write_atomically
+
+# What may differ between the run that began and the one that resumes: where and how, never what.
+FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", "data.num_workers", "data.root", "data.cache_bytes")
+DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError)
+
+
+class RunDirectory:
+    """Paths of a run, its configuration and its newest valid checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    def exists(self) -> bool:
+        return self.config_path.is_file()
+
+    def config(self) -> DictConfig:
+        """The configuration that the run began with, fully resolved.
+
+        Raises:
+            UserError: this is no run directory.
+        """
+        if not self.exists():
+            raise UserError(f"{self.path} is no run directory (it has no config.yaml): give the folder that training made")
+        config = OmegaConf.load(self.config_path)
+        assert isinstance(config, DictConfig)
+        return config
+
+    def create(self, config: DictConfig, overrides: list[str]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "overrides.txt", "".join(f"{o}\n" for o in overrides).encode())
+        write_atomically(self.config_path, OmegaConf.to_yaml(config, resolve=True).encode())
+
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be read in whole; None before the first.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        folder = self.path / "checkpoints"
+        present = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+        for path in present:
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except DAMAGED as error:
+                warnings.warn(f"{path} is damaged ({type(error).__name__}): using the one before it", stacklevel=2)
+            else:
+                return path
+        if present:
+            raise UserError(
+                f"no checkpoint in {folder} can be read: put a good copy there, or remove the folder to start again"
+            )
+        return None
+
+
+def new_run_path(name: str, run: str | None, run_id: str) -> Path:
+    return Path(run).expanduser() if run else Path("outputs") / name / run_id
+
+
+def new_run_id() -> str:
+    """SLURM's job id, which a requeue keeps; else the time, and a few letters against two runs in one second."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job or f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def refuse_differences(ours: DictConfig, saved: DictConfig, path: Path) -> None:
+    """Raises UserError, naming the first keys, where the command asks for another run than the one in `path`."""
+    new, old = flat(OmegaConf.to_container(ours, resolve=True)), flat(OmegaConf.to_container(saved, resolve=True))
+    differing = [
+        f"{key}={new.get(key)} (the run has {old.get(key)})"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    roots = [d for d in differing if not d.startswith(("model.", "task.", "data.module."))] or differing
+    if roots:
+        raise UserError(
+            f"{path} holds another run: {'; '.join(roots[:3])}{' ...' if len(roots) > 3 else ''}: "
+            "leave those overrides out to resume it, or name another run=DIR"
+        )
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    leaves: dict[str, Any] = {}
+    for name, value in node.items():
+        leaves |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
