@@ -81,7 +81,9 @@ class BezierActivation(nn.Module):
             raise ValueError(f"layout: got {layout!r}, expected one of {LAYOUTS}")
         if degree not in (1, 2, 3):
             raise ValueError(f"degree: got {degree}, expected 1, 2 or 3")
-        self.t_activation, self.p_activation, self.layout = t_activation, p_activation, layout
+        self.t_activation: PreActivation = t_activation
+        self.p_activation: PreActivation = p_activation
+        self.layout: Layout = layout
         self.dim, self.degree, self.gain = dim, degree, gain
 
     @property
