@@ -10,11 +10,11 @@ import sys
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from fluxflow_train.data.check import ShardReport, check_shard
 from fluxflow_train.data.images import ImageLimits
+from fluxflow_train.data.progress import progress
 from fluxflow_train.data.sources.shards import expand_braces
 from fluxflow_train.errors import UserError
 
@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     # Shape limits are a choice of the training's configuration, not damage.
     limits = ImageLimits(max_pixels=options.max_pixels, max_aspect=float("inf"))
-    progress = Console(stderr=True)
-    reports = [check_shard(path, limits) for path in track(paths, "Checking", console=progress, transient=True)]
+    reports = [check_shard(path, limits) for path in progress(paths, "Checking shards", len(paths))]
     _print(reports)
     return 0 if all(report.sound for report in reports) else 1
 

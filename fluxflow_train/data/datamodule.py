@@ -3,14 +3,15 @@
 import logging
 import math
 from pathlib import Path
+from typing import get_args
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
-from rich.progress import track
 
 from fluxflow_train.data.images import Decode, ImageLimits
 from fluxflow_train.data.index import Index, open_table
 from fluxflow_train.data.loader import EvalLoader, TrainLoader
+from fluxflow_train.data.progress import progress
 from fluxflow_train.data.reader import BatchReader, PlainView, RandomView
 from fluxflow_train.data.sampler import GlobalOrder
 from fluxflow_train.data.selection import MissingCaption, Policy, Selection
@@ -46,9 +47,17 @@ class ImageData(LightningDataModule):
         cache_bytes: int = 2**30,
     ) -> None:
         super().__init__()
-        for name, value in (("resolution", resolution), ("batch_size", batch_size), ("budget_images", budget_images)):
+        at_least_1 = {
+            "resolution": resolution,
+            "batch_size": batch_size,
+            "budget_images": budget_images,
+            "window_shards": window_shards,
+        }
+        for name, value in at_least_1.items():
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+        if decode not in get_args(Decode):
+            raise ValueError(f"decode: got {decode!r}, expected one of {get_args(Decode)}")
         self.source = source
         self.resolution = resolution
         self.batch_size = batch_size
@@ -66,8 +75,8 @@ class ImageData(LightningDataModule):
     def prepare_data(self) -> None:
         """Write the source's shards and the indices, where missing. Lightning runs it on one process of each node."""
         self.source.prepare()
-        shards = [path for split in SPLITS for path in self.source.shards(split)]
-        for path in track(dict.fromkeys(shards), "Indexing shards", transient=True):
+        shards = dict.fromkeys(path for split in SPLITS for path in self.source.shards(split))
+        for path in progress(shards, "Indexing shards", len(shards)):
             open_table(path, self._cache_dir)
         for split in SPLITS:
             _report(split, self.selection(split))

@@ -7,7 +7,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-_DRAFT_FACTOR = {"draft2x": 2, "draft1x": 1}
+_DRAFT_FACTOR = {"draft2x": 2, "draft1x": 1}  # smallest size that the JPEG decoder may give, in targets
 
 
 class BadImage(ValueError):
@@ -78,8 +78,6 @@ def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimi
     if decode in _DRAFT_FACTOR:
         side = _DRAFT_FACTOR[decode] * resolution
         image.draft(None, (side, side))
-    elif decode != "exact":
-        raise ValueError(f"decode: got {decode!r}, expected one of {get_args(Decode)}")
     try:
         image.load()
         orientation = _orientation(image)

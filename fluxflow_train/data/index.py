@@ -42,13 +42,13 @@ class Index:
     """Samples 0 to N - 1 of `shards`, in order. Files are opened when first read, by the process that reads."""
 
     def __init__(self, shards: list[str], cache: Path) -> None:
+        self._descriptors: dict[int, int] = {}  # first: __del__ needs it also where the rest fails
         if not shards:
             raise ValueError("shards: got an empty list, expected at least one path")
         self.shards = shards
         self._cache = cache
         self._tables = [open_table(path, cache) for path in shards]
         self._starts = [0, *np.cumsum(self.sizes).tolist()]
-        self._descriptors: dict[int, int] = {}
 
     def __reduce__(self) -> tuple[type["Index"], tuple[list[str], Path]]:
         """A spawned worker opens the index anew rather than receive a copy of it."""
@@ -58,7 +58,7 @@ class Index:
         return self._starts[-1]
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
 
     @property

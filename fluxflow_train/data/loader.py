@@ -48,16 +48,14 @@ class TrainLoader:
         self._num_workers = num_workers
         self._done = 0
         self._damaged: dict[int, str] = {}
-        # Lightning looks for this name when it ends a run, and shuts the workers down.
-        self._iterator: Any = None
+        self._iterator: Any = None  # Lightning shuts down the workers of what it finds under this name
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        numbers = range(self._done, self._num_batches)
-        requests = (self._order.batch(number, self._rank, self._world) for number in numbers)
-        self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers))
+        requests = _requests(self._order, range(self._done, self._num_batches), self._rank, self._world)
+        self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers, persistent=False))
         for fetched in self._iterator:
             batch = _checked(fetched)
             self._count(fetched.damaged)
@@ -113,7 +111,16 @@ class EvalLoader:
     def __init__(self, reader: BatchReader, batch_size: int, rank: int, world: int, num_workers: int) -> None:
         self._reader = reader
         self._batches = eval_batches(len(reader.selection), batch_size, rank, world)
-        self._loader = _torch_loader(reader, self._batches, num_workers)
+        self._loader = _torch_loader(reader, self._batches, num_workers, persistent=True)
+
+    @property
+    def _iterator(self) -> Any:
+        """Lightning shuts down the workers of what it finds under this name, and sets it to None."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self._loader._iterator = value
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -128,12 +135,23 @@ class EvalLoader:
             yield batch
 
 
-def _torch_loader(reader: BatchReader, requests: Iterable[Request], num_workers: int) -> DataLoader[Fetched]:
+def _requests(order: GlobalOrder, numbers: range, rank: int, world: int) -> Iterator[Request]:
+    # No method: a reference to the loader would close a cycle, and when the garbage collector takes a cycle apart the
+    # queues go before the workers, which then are waited for in vain, 5 s each.
+    return (order.batch(number, rank, world) for number in numbers)
+
+
+def _torch_loader(
+    reader: BatchReader, requests: Iterable[Request], num_workers: int, persistent: bool
+) -> DataLoader[Fetched]:
     workers: dict[str, Any] = {}
     if num_workers:
         # Workers never touch a device, so forking is safe where it is the quick way to start them.
-        context = "fork" if sys.platform == "linux" else "spawn"
-        workers = {"persistent_workers": True, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+        workers = {
+            "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
+            "worker_init_fn": _start_worker,
+            "persistent_workers": persistent,
+        }
     return DataLoader(
         reader,
         batch_size=None,

@@ -159,8 +159,3 @@ def test_draft_is_close_to_exact(decode, least_db):
     exact = decode_image(data, 64, "exact", LIMITS).astype(float)
     draft = decode_image(data, 64, decode, LIMITS).astype(float)
     assert 10 * np.log10(255**2 / np.square(exact - draft).mean()) > least_db
-
-
-def test_unknown_decode(encoded: Callable[..., bytes]):
-    with pytest.raises(ValueError, match="got 'fast', expected one of"):
-        decode_image(encoded(), 8, "fast", LIMITS)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pickle
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -219,7 +220,7 @@ class TestDamagedTar:
 
     @pytest.mark.parametrize("url", ["https://host/a.tar", "s3://bucket/a.tar", "pipe:curl host"])
     def test_remote(self, url, cache):
-        with pytest.raises(UserError, match="download|refused"):
+        with pytest.raises(UserError, match=r"download|refused"):
             open_table(url, cache)
 
 
@@ -293,6 +294,13 @@ class TestSamples:
         exif[274] = 6
         index = Index([str(make_tar([("a.jpg", encoded(0, (30, 20), "JPEG", exif=exif))]))], cache)
         assert (index.column("width")[0], index.column("height")[0]) == (20, 30)
+
+
+def test_a_spawned_worker_reads_the_same(make_tar, pairs, cache):
+    index = Index([str(make_tar(pairs(3)))], cache)
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.fingerprint == index.fingerprint
+    assert copy.image(2) == index.image(2)
 
 
 def test_file_cut_after_indexing(make_tar, pairs, cache):

@@ -122,7 +122,7 @@ class TestFailures:
 
     def test_root_is_not_a_folder(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="can't write shards .* choose another data root"):
+        with pytest.raises(UserError, match=r"can't write shards .* choose another data root"):
             small_shapes(tmp_path / "file").prepare()
 
     def test_a_failure_leaves_nothing_behind(self, tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
+from fluxflow_train.data.progress import progress
 from fluxflow_train.data.sources import SPLITS, Split
 from fluxflow_train.data.sources.grouping import group_key, near_pairs, split_of, united
 from fluxflow_train.data.writer import Sample, publish, published_shards, write_splits
@@ -107,9 +107,8 @@ def _rasterise(stems: list[str], resolution: int) -> np.ndarray:
 
     folder = _svg_folder()
     images = np.empty((len(stems), resolution, resolution, 3), np.uint8)
-    for image, stem in track(
-        zip(images, stems, strict=True), f"Drawing OpenMoji at {resolution} px", total=len(stems), transient=True
-    ):
+    todo = zip(images, stems, strict=True)
+    for image, stem in progress(todo, f"Drawing OpenMoji at {resolution} px", len(stems)):
         png = resvg_py.svg_to_bytes(
             svg_path=str(folder / f"{stem}.svg"),
             width=resolution,

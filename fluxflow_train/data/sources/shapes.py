@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from rich.progress import track
 
 from fluxflow_train import rng
+from fluxflow_train.data.progress import progress
 from fluxflow_train.data.sources import Split
 from fluxflow_train.data.writer import Sample, publish, published_shards, write_splits
 
@@ -76,7 +76,7 @@ class Shapes:
             (split, number) for split, count in self._counts.items() for number in range(count)
         ]
         splits: dict[Split, list[Sample]] = {split: [] for split in self._counts}
-        for split, number in track(todo, f"Drawing shapes at {self.resolution} px", transient=True):
+        for split, number in progress(todo, f"Drawing shapes at {self.resolution} px", len(todo)):
             image, caption = draw(rng.generator(self.seed, f"shapes {split}", number), self.resolution)
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
