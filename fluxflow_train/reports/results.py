@@ -14,7 +14,6 @@ from fluxflow_train.metrics.baselines import PCA
 from fluxflow_train.metrics.intervals import NORMAL_METHOD, mean_interval
 from fluxflow_train.metrics.reconstruction import finite_mean
 from fluxflow_train.reports.passes import SplitPass
-from fluxflow_train.reports.protocol import peak_memory_mib
 
 Result = dict[str, Any]
 
@@ -93,8 +92,8 @@ def reconstruction_results(
             results.append(
                 mean_result(f"{name}_{rival}", values, label=title, baseline_of=name, baseline=rival, **words)
             )
-    sampled = measured.scores["sampled"].per_image("psnr")
-    results.append(mean_result("psnr_sampled", sampled, label="PSNR, sampled latent", unit="dB", better="higher"))
+    words = {"label": "PSNR, sampled latent", "unit": "dB", "better": "higher"}
+    results.append(mean_result("psnr_sampled", measured.sampled_psnr, **words))
     rate = finite_mean(measured.rates)
     bits = rate / math.log(2) / (shape[0] * shape[1])
     results.append(
@@ -110,8 +109,8 @@ def reconstruction_results(
     return results, {"pca": {"components": pca.num_components, "train_images": num_train}}
 
 
-def cost_results(vae: nn.Module, measured: SplitPass, device: torch.device) -> list[Result]:
-    """Speed, memory and size. The first batch warms up and is not counted where there are others."""
+def cost_results(vae: nn.Module, measured: SplitPass, memory: float | None, device: torch.device) -> list[Result]:
+    """Speed, memory (MiB, None where unknown) and size. The first batch warms up and counts only where it is alone."""
     speeds = sorted(measured.speeds[1:] or measured.speeds)
     results = [
         result(
@@ -132,9 +131,8 @@ def cost_results(vae: nn.Module, measured: SplitPass, device: torch.device) -> l
             num_images=0,
         ),
     ]
-    memory = peak_memory_mib(device)
     if memory is not None:
-        note = "GPU allocator" if device.type == "cuda" else "resident, whole process"
+        note = "allocator, one batch" if device.type == "cuda" else "resident, the process up to its first batch"
         results.append(
             result("peak_memory", memory, label="Peak memory", unit="MiB", better="lower", num_images=0, note=note)
         )
