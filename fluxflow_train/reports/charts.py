@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 408, 14, 212
 LOG_RATIO = 50
-TICKS = 4
+TICKS = 5
 
 
 class Axis(NamedTuple):
@@ -30,7 +30,7 @@ class Axis(NamedTuple):
         return round(self.start + (v - low) / (high - low) * (self.end - self.start), 2)
 
     def ticks(self) -> list[float]:
-        """About four round values inside the range."""
+        """About five round values inside the range."""
         if self.log:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             if len(decades) >= 2:
@@ -61,9 +61,10 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 
 def value_axis(values: Sequence[float]) -> Axis:
-    """A vertical axis; logarithmic where all values are positive and span more than a factor of 50."""
+    """A vertical axis; logarithmic where all values are positive and the middle 80 % span more than a factor of 50."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > LOG_RATIO:
+    tenths = sorted(values)
+    if low > 0 and tenths[-1 - len(values) // 10] / tenths[len(values) // 10] > LOG_RATIO:
         return Axis(low / 1.15, high * 1.15, BOTTOM, TOP, log=True)
     return Axis(*padded(low, high), BOTTOM, TOP)
 
@@ -79,7 +80,7 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
         parts.append(f'<text class="tick" x="{x(v)}" y="{BOTTOM + 17}" text-anchor="middle">{short(v)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>')
     parts.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
-    text = f"{y_label}, log scale" if y.log else y_label
+    text = ", ".join(part for part in (y_label, "log scale" if y.log else "") if part)
     parts.append(f'<text class="label" x="{LEFT}" y="{HEIGHT - 4}">{escape(f"↑ {text}" if text else "")}</text>')
     return "".join(parts)
 

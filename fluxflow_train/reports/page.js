@@ -2,10 +2,10 @@
 (() => {
   const tip = document.getElementById("tip");
   const short = (v) => (Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4)));
-  const element = (name, attributes) => {
-    const e = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const element = (parent, name, attributes) => {
+    const e = document.createElementNS(parent.namespaceURI, name);
     for (const [key, value] of Object.entries(attributes)) e.setAttribute(key, value);
-    return e;
+    parent.append(e);
   };
   const nearest = (xs, x) => xs.reduce((best, v, i) => (Math.abs(v - x) < Math.abs(xs[best] - x) ? i : best), 0);
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
@@ -23,11 +23,12 @@
       const x = chart.x[0] + ((unit - left) / (right - left)) * (chart.x[1] - chart.x[0]);
       const found = chart.series.map((s) => nearest(s.x, x));
       const anchor = chart.series[0].x[found[0]];
-      cursor.replaceChildren(element("path", { d: `M${px(anchor)} ${top}V${bottom}` }));
+      cursor.replaceChildren();
+      element(cursor, "path", { d: `M${px(anchor)} ${top}V${bottom}` });
       const lines = [`${short(anchor)} ${chart.x_label}`];
       chart.series.forEach((s, i) => {
         const j = found[i];
-        cursor.append(element("circle", { class: `c${i}`, cx: px(s.x[j]), cy: py(s.y[j]), r: 3.5 }));
+        element(cursor, "circle", { class: `c${i}`, cx: px(s.x[j]), cy: py(s.y[j]), r: 3.5 });
         lines.push(`${s.name}  ${short(s.y[j])} ${chart.unit}`);
       });
       tip.textContent = lines.join("\n");

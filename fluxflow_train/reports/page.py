@@ -46,6 +46,8 @@ def number(value: float | None, unit: str = "") -> str:
             return f"{value / size:.3g}{letter}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
+    if unit == "images/s":
+        return f"{value:.3g}"
     return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:.4g}"
 
 
@@ -62,6 +64,17 @@ def metric_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if rivals:
             rows.append({"head": head, "rivals": rivals, "digits": head["unit"]})
     return rows
+
+
+def notes(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What must be said beside the numbers: (labels, text), each text once."""
+    labels: dict[str, list[str]] = {}
+    for result in results:
+        if result["note"]:
+            known = labels.setdefault(result["note"], [])
+            if result["label"] not in known:
+                known.append(result["label"])
+    return [(", ".join(names), text) for text, names in labels.items()]
 
 
 def bars(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -120,7 +133,7 @@ def render(report: dict[str, Any]) -> str:
         tiles=[by_name[name] for name in TILES if name in by_name],
         rows=rows,
         baselines=[(kind, label) for kind, label in BASELINES if kind in kinds],
-        notes=[r for r in results if r["note"]],
+        notes=notes(results),
         histogram=psnr_chart(report, by_name["psnr"]["raw"]),
         training=training_charts(report["figures"]["curves"]),
         curves=bezier_charts(report["figures"]["bezier"]),
