@@ -17,16 +17,17 @@ from rich.console import Console
 from torch import nn
 
 from fluxflow_train import provenance, rng
-from fluxflow_train.ablation.cost import VAEInputs
+from fluxflow_train.ablation.cost import Row, VAEInputs, render, residual_table
 from fluxflow_train.ablation.matching import match
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.errors import UserError
+from fluxflow_train.files import write_atomically
 from fluxflow_train.hardware import device_of, fastest_precision
 from fluxflow_train.pixels import dequantize
 from fluxflow_train.records import CSVRecords
 from fluxflow_train.reports.build import evaluate_vae, write_report
-from fluxflow_train.run_directory import RunDirectory, new_run_id, new_run_path, refuse_differences
+from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences
 from fluxflow_train.weights import load_model, save_model
 
 console = Console(stderr=True)
@@ -94,7 +95,7 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     if cfg.run is None and not chosen:
         raise UserError("nothing to train: add +experiment=vae_bezier (--help lists all), or run=DIR to resume a run")
     run_id = cfg.run_id or new_run_id()
-    directory = RunDirectory(new_run_path(cfg.name, cfg.run, run_id) if chosen else Path(cfg.run).expanduser())
+    directory = RunDirectory(Path(cfg.run or f"outputs/{cfg.name}/{run_id}").expanduser())
     if directory.exists() and not chosen:
         return directory, directory.config()
     if not chosen:
@@ -103,9 +104,13 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     cfg.run, cfg.run_id = str(directory.path), saved.run_id if saved is not None else run_id
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = fastest_precision(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
-    match_widths(cfg)
+    rows = match_widths(cfg)
     if saved is None:
         directory.create(cfg, list(HydraConfig.get().overrides.task))
+        if rows is not None:
+            table = render(rows)
+            write_atomically(directory.path / "match.txt", f"{table}\n".encode())
+            console.print(f"matched to the Bezier arm by {cfg.match}:\n{table}", highlight=False, soft_wrap=True)
     else:
         refuse_differences(cfg, saved, directory.path)
     config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
@@ -113,11 +118,11 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     return directory, config
 
 
-def match_widths(cfg: DictConfig) -> None:
-    """Give another arm than Bezier the widths that make it as large as the Bezier arm of the same scale."""
+def match_widths(cfg: DictConfig) -> list[Row] | None:
+    """Give another arm than Bezier the widths that make it as large as the Bezier arm; returns what still differs."""
     arms = {part: cfg.activation[part] for part in ("encoder", "decoder")}
     if cfg.match == "none" or all(arm == "bezier" for arm in arms.values()):
-        return
+        return None
     if cfg.match not in ("parameters", "flops"):
         raise UserError(f"match is parameters, flops or none, got {cfg.match}")
     model: Any = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
@@ -133,22 +138,21 @@ def match_widths(cfg: DictConfig) -> None:
         like_bezier[part].activation = "bezier"
     with torch.device("meta"):
         reference = instantiate(like_bezier)
-    size = cfg.data.module.resolution
+    inputs = VAEInputs(cfg.data.module.resolution, cfg.data.module.resolution)
     found = match(
         build,
         reference,
         widths={part: list(model[part].widths) for part in arms},
-        inputs=VAEInputs(size, size),
+        inputs=inputs,
         by=cfg.match,
         granularity=cfg.scale.vae.norm_groups,
     )
     for part, values in found.widths.items():
         cfg.model[part].widths = values
+    return residual_table(reference, found.network, inputs, device="cpu")
 
 
-def build_trainer(
-    config: DictConfig, data: ImageData, loggers: list[Any], callbacks: list[L.Callback]
-) -> L.Trainer:
+def build_trainer(config: DictConfig, data: ImageData, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
     between = math.ceil(config.scale.validate_every / data.batch_size)
     return instantiate(
         config.trainer,
@@ -210,7 +214,8 @@ def export(
 
 def measure_latents(vae: Any, data: ImageData, device: torch.device) -> None:
     """Set the per-channel mean and standard deviation of mu over the first training images, in float64."""
-    total = square = count = 0
+    total = square = torch.zeros(vae.latent_channels, dtype=torch.float64, device=device)
+    count = 0
     vae.eval()
     batches = itertools.islice(data.eval_dataloader("train"), math.ceil(STATISTICS_IMAGES / data.batch_size))
     for batch in batches:
@@ -245,6 +250,8 @@ def report(directory: RunDirectory, config: DictConfig, data: ImageData, split: 
     )
     write_report(result, directory.path)
     values = {entry["name"]: entry["value"] for entry in result["results"]}
-    shown = [f"{name} {values[name]:.2f}" for name in ("psnr", "psnr_nonwhite", "psnr_pca", "rate_nats") if name in values]
+    shown = [
+        f"{name} {values[name]:.2f}" for name in ("psnr", "psnr_nonwhite", "psnr_pca", "rate_nats") if name in values
+    ]
     console.print(f"{split}: {', '.join(shown)} ({result['status']})", highlight=False)
     console.print(f"report: {directory.path / 'report.html'}", highlight=False, soft_wrap=True)

@@ -15,7 +15,11 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 
 # What may differ between the run that began and the one that resumes: where and how, never what.
-FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", "data.num_workers", "data.root", "data.cache_bytes")
+FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate") + tuple(
+    f"data.{key}"
+    for key in ("num_workers", "root", "cache_bytes", "source.root")
+    + ("module.num_workers", "module.cache_dir", "module.cache_bytes", "module.source.root")
+)
 DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError)
 
 
@@ -39,7 +43,9 @@ class RunDirectory:
             UserError: this is no run directory.
         """
         if not self.exists():
-            raise UserError(f"{self.path} is no run directory (it has no config.yaml): give the folder that training made")
+            raise UserError(
+                f"{self.path} is no run directory (no config.yaml in it): give the folder that training made"
+            )
         config = OmegaConf.load(self.config_path)
         assert isinstance(config, DictConfig)
         return config
@@ -71,10 +77,6 @@ class RunDirectory:
         return None
 
 
-def new_run_path(name: str, run: str | None, run_id: str) -> Path:
-    return Path(run).expanduser() if run else Path("outputs") / name / run_id
-
-
 def new_run_id() -> str:
     """SLURM's job id, which a requeue keeps; else the time, and a few letters against two runs in one second."""
     job = os.environ.get("SLURM_JOB_ID")
@@ -89,7 +91,7 @@ def refuse_differences(ours: DictConfig, saved: DictConfig, path: Path) -> None:
         for key in sorted(new.keys() | old.keys())
         if new.get(key) != old.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
-    roots = [d for d in differing if not d.startswith(("model.", "task.", "data.module."))] or differing
+    roots = [d for d in differing if not d.startswith("data.module.")] or differing
     if roots:
         raise UserError(
             f"{path} holds another run: {'; '.join(roots[:3])}{' ...' if len(roots) > 3 else ''}: "

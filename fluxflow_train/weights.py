@@ -43,7 +43,7 @@ def load_model(folder: Path, build: Callable[[Any], nn.Module]) -> tuple[nn.Modu
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise UserError(
-            f"{error.filename} is missing: the run has not finished; resume it with python -m fluxflow_train run={folder}"
+            f"{error.filename} is missing: the run has not finished; resume it: python -m fluxflow_train run={folder}"
         ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder}: the exported model is damaged ({error}): run the training command again") from error
@@ -59,6 +59,6 @@ def refuse_foreign(node: Any) -> None:
     if isinstance(node, dict):
         target = node.get("_target_", BUILDABLE)
         if not target.startswith(BUILDABLE):
-            raise UserError(f"{DESCRIPTION} asks for {target}, which is no model of {BUILDABLE.rstrip('.')}: do not use it")
+            raise UserError(f"{DESCRIPTION} asks for {target}, which is none of {BUILDABLE}*: do not use it")
         for value in node.values():
             refuse_foreign(value)

@@ -25,19 +25,19 @@ class Checkpoint(L.Callback):
         self.saved_at = 0
         self.best = float("-inf")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        seen: int = pl_module.images_seen  # type: ignore[assignment]
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        seen: int = pl_module.images_seen
         if seen // self.every_images > self.saved_at // self.every_images:
             self.save(trainer, seen)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value = pl_module.latest.get(self.monitor)  # type: ignore[union-attr]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        value = pl_module.latest.get(self.monitor)
         if not trainer.sanity_checking and value is not None and value > self.best:
             self.best = value
             self.write(trainer, self.folder / BEST)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seen: int = pl_module.images_seen  # type: ignore[assignment]
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        seen: int = pl_module.images_seen
         if seen > self.saved_at:
             self.save(trainer, seen)
 

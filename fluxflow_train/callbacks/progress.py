@@ -19,7 +19,7 @@ class ImagesProgress(L.Callback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         self.started = (time.perf_counter(), pl_module.images_seen)
@@ -39,7 +39,7 @@ class ImagesProgress(L.Callback):
             )
             self.bar.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self.bar is not None:
             speed = pl_module.latest.get("train/images_per_second")
             self.bar.update(
@@ -49,18 +49,18 @@ class ImagesProgress(L.Callback):
                 scalars=self.scalars(pl_module),
             )
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description="validating")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description="training", scalars=self.scalars(pl_module))
         elif trainer.is_global_zero and not trainer.sanity_checking:
             clock, images = self.started
-            seen: int = pl_module.images_seen  # type: ignore[assignment]
+            seen: int = pl_module.images_seen
             elapsed = time.perf_counter() - clock
-            left = elapsed / max(1, seen - images) * (pl_module.budget_images - seen)  # type: ignore[operator]
+            left = elapsed / max(1, seen - images) * (pl_module.budget_images - seen)
             self.console.print(
                 f"{seen:,}/{pl_module.budget_images:,} images, {elapsed:.0f} s, {left:.0f} s left, "
                 f"{(seen - images) / elapsed:.0f} images/s, {self.scalars(pl_module)}",
@@ -68,10 +68,10 @@ class ImagesProgress(L.Callback):
                 soft_wrap=True,
             )
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.stop()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -79,6 +79,6 @@ class ImagesProgress(L.Callback):
             self.bar.stop()
             self.bar = None
 
-    def scalars(self, pl_module: L.LightningModule) -> str:
-        latest: dict[str, float] = pl_module.latest  # type: ignore[assignment]
+    def scalars(self, pl_module: Any) -> str:
+        latest: dict[str, float] = pl_module.latest
         return "  ".join(f"{short} {latest[name]:.4g}" for name, short in self.shown.items() if name in latest)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fluxflow_train import rng
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.files import replacing
 from fluxflow_train.pixels import dequantize, quantize
@@ -23,27 +24,26 @@ class ReconstructionGrid(L.Callback):
         self.folder, self.every_images, self.num_images = Path(folder), every_images, num_images
         self.drawn_at = -1
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            images = []
-            for batch in trainer.datamodule.eval_dataloader("tune"):  # type: ignore[attr-defined]
-                images.append(batch["image"])
-                if sum(map(len, images)) >= self.num_images:
-                    break
-            self.images = torch.cat(images)[: self.num_images]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        num_images = min(self.num_images, data.num_samples("tune"))
+        chosen = rng.generator(data.seed, "sample-grid").permutation(data.num_samples("tune"))[:num_images]
+        self.images = data.images("tune", chosen.tolist())
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        seen: int = pl_module.images_seen  # type: ignore[assignment]
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        seen: int = pl_module.images_seen
         if seen // self.every_images > self.drawn_at // self.every_images:
             self.draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if pl_module.images_seen > self.drawn_at:  # type: ignore[operator]
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.images_seen > self.drawn_at:
             self.draw(trainer, pl_module)
 
     @torch.no_grad()
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.drawn_at = pl_module.images_seen  # type: ignore[assignment]
+    def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.drawn_at = pl_module.images_seen
         if not trainer.is_global_zero:
             return
         average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]

@@ -2,15 +2,17 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from fluxflow_train.data.images import Decode, ImageLimits
 from fluxflow_train.data.index import Index, open_table
-from fluxflow_train.data.loader import EvalLoader, TrainLoader
+from fluxflow_train.data.loader import EvalLoader, TrainLoader, checked
 from fluxflow_train.data.progress import progress
 from fluxflow_train.data.reader import BatchReader, PlainView, RandomView
 from fluxflow_train.data.sampler import GlobalOrder
@@ -107,6 +109,11 @@ class ImageData(LightningDataModule):
         """Every sample of `split` once over all processes, decoded exactly, not flipped, with its first caption."""
         reader = BatchReader(self.selection(split), self.resolution, "exact", PlainView(), self._cache_bytes)
         return EvalLoader(reader, self.batch_size, *_rank_and_world(), self.num_workers)
+
+    def images(self, split: Split, samples: Sequence[int]) -> Tensor:
+        """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""
+        reader = BatchReader(self.selection(split), self.resolution, "exact", PlainView(), cache_bytes=0)
+        return checked(reader[[(0, sample) for sample in samples]])["image"]
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -57,7 +57,7 @@ class TrainLoader:
         requests = _requests(self._order, range(self._done, self._num_batches), self._rank, self._world)
         self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers, persistent=False))
         for fetched in self._iterator:
-            batch = _checked(fetched)
+            batch = checked(fetched)
             self._count(fetched.damaged)
             self._done += 1
             yield batch
@@ -128,7 +128,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises UserError at a damaged image: leaving it out would change what the figures are figures of."""
         for fetched in self._loader:
-            batch = _checked(fetched)
+            batch = checked(fetched)
             for sample, cause in fetched.damaged.items():
                 name = self._reader.selection.name(sample)
                 raise UserError(f"{name}: {cause}; take it out of the shard, since evaluation skips nothing")
@@ -173,7 +173,8 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _checked(fetched: Fetched) -> dict[str, Any]:
+def checked(fetched: Fetched) -> dict[str, Any]:
+    """The batch. Raises UserError where the worker met one."""
     if fetched.error:
         raise UserError(fetched.error)
     return fetched.batch

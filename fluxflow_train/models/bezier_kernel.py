@@ -75,7 +75,8 @@ class BezierFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.constants = (t_name, p_name, gain)
         # Not under autocast's eye: the state is part of what torch.compile specialises on.
-        with torch.autocast(x.device.type, enabled=False):
+        device_type = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has none
+        with torch.autocast(device_type, enabled=False):
             return kernels_for(x, *ctx.constants)[0](x)
 
     @staticmethod

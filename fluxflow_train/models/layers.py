@@ -46,7 +46,7 @@ class Activated(nn.Sequential):
         conv: Callable[[int, int], nn.Module],
         max_groups: int | None,
     ):
-        """`activation(C)` builds the arm, `conv(C_in, C_out)` the convolution; `max_groups` None leaves the norm out."""
+        """`activation(C)` builds the arm, `conv(C_in, C_out)` the convolution; no norm where `max_groups` is None."""
         function = activation(out_channels)
         norm = [] if max_groups is None else [group_norm(in_channels, max_groups)]
         super().__init__(*norm, conv(in_channels, out_channels * function.expansion), function)  # type: ignore[operator]

@@ -40,7 +40,7 @@ def reparameterise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Image and coordinates to the posterior: one [conv3 -> act, strided conv -> act] stage for each entry of `widths`."""
+    """Image and coordinates to the posterior: a [conv3 -> act, strided conv -> act] stage for each of `widths`."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(self.latent_channels))
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The decoder's last convolution weight, where the adaptive GAN weight compares gradients."""
         return self.decoder.rgb_conv.weight
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -82,10 +83,11 @@ class VAETask(L.LightningModule):
         """
         super().__init__()
         self.automatic_optimization = False
-        self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.vae: Any = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.adversary = adversary
         self.discriminator = adversary and adversary.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Kept out of the module tree: a frozen network has no place in a checkpoint.
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None
         object.__setattr__(self, "perceptual", perceptual)
         self.perceptual_weight = perceptual_weight
         self.optimizer = optimizer
@@ -117,13 +119,17 @@ class VAETask(L.LightningModule):
                 group["base_lr"] = group["lr"]
         return optimizers
 
-    def set_learning_rate(self, optimizers: Iterable[Optimizer], num_images: int) -> None:
+    def set_learning_rate(self, optimizers: Iterable[LightningOptimizer], num_images: int) -> None:
         factor = schedule.warmup_cosine(
             self.images_seen + num_images, self.budget_images, self.lr_warmup, self.lr_final
         )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
+
+    def on_fit_start(self) -> None:
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """The nets whose average is validated and exported."""
