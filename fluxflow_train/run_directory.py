@@ -15,11 +15,9 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 
 # What may differ between the run that began and the one that resumes: where and how, never what.
-FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate") + tuple(
-    f"data.{key}"
-    for key in ("num_workers", "root", "cache_bytes", "source.root")
-    + ("module.num_workers", "module.cache_dir", "module.cache_bytes", "module.source.root")
-)
+READING = ("num_workers", "root", "cache_bytes", "source.root", "module.num_workers")
+READING += ("module.cache_dir", "module.cache_bytes", "module.source.root")
+FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", *(f"data.{key}" for key in READING))
 DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError)
 
 

@@ -1,0 +1,156 @@
+"""Every experiment with every arm composes, is matched in size, and takes a step that moves what it should."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from fluxflow_train.cli import config_folder
+from fluxflow_train.models.activations import ARM_NAMES
+from fluxflow_train.run import build_trainer, match_widths
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+Config = Callable[..., DictConfig]
+
+
+def build_task(config: DictConfig) -> Any:
+    torch.manual_seed(0)
+    return instantiate(OmegaConf.create(OmegaConf.to_container(config, resolve=True)).task)
+
+
+def take_step(task: Any, config: DictConfig) -> None:
+    """One training step by a real Trainer on the real data."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, datamodule=instantiate(config.data.module))
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("arm", ARM_NAMES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_and_arm_take_a_step(config: Config, experiment: str, arm: str) -> None:
+    cfg = config(f"+experiment={experiment}", f"activation={arm}", "match=none")
+    task = build_task(cfg)
+    before = snapshot(task.vae)
+    take_step(task, cfg)
+    after = snapshot(task.vae)
+    assert task.images_seen == 4
+    unmoved = [name for name in before if torch.equal(before[name], after[name])]
+    # The last layer of logvar starts at zero, so nothing behind it moves in the first step.
+    unmoved = [name for name in unmoved if not name.startswith("encoder.logvar")]
+    assert not [name for name in unmoved if "weight" in name or "points" in name]
+    assert all(p.isfinite().all() for p in after.values())
+
+
+@pytest.mark.parametrize("arm", [name for name in ARM_NAMES if name != "bezier"])
+def test_arms_are_matched_at_the_default_scale(config: Config, arm: str) -> None:
+    cfg = config("+experiment=vae_bezier", f"activation={arm}", small=False)
+    rows = {row.quantity: row.residual for row in match_widths(cfg) or []}
+    assert abs(rows["parameters, total"]) < 0.01
+    matched = sum(p.numel() for p in build_task(cfg).vae.parameters())
+    reference = build_task(config("+experiment=vae_bezier", small=False))
+    assert abs(matched / sum(p.numel() for p in reference.vae.parameters()) - 1) < 0.01
+
+
+def test_published_sizes(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier", "scale=base", small=False)
+    with torch.device("meta"):
+        vae = instantiate(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)).model)
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in vae.named_children()}
+    assert millions["encoder"] == pytest.approx(11.5, rel=0.05)
+    assert millions["decoder"] == pytest.approx(94, rel=0.05)
+
+
+def test_activation_is_placed_per_component(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier", "activation.encoder=silu", "activation.decoder=bezier", "match=none")
+    task = build_task(cfg)
+    kinds = {part: {type(m).__name__ for m in getattr(task.vae, part).modules()} for part in ("encoder", "decoder")}
+    assert "BezierActivation" in kinds["decoder"]
+    assert "BezierActivation" not in kinds["encoder"]
+
+
+@pytest.mark.parametrize("heads", ["bezier", "plain"])
+def test_heads_start_alike(config: Config, heads: str) -> None:
+    task = build_task(config("+experiment=vae_bezier", f"heads={heads}"))
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    out = task.vae(x, torch.zeros(2, *task.vae.latent_shape(32, 48)))
+    assert out.x_hat.shape == x.shape
+    assert torch.allclose(out.logvar, torch.full_like(out.logvar, -4), atol=1e-5)
+
+
+def test_gan_updates_move_their_own_network_only(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier", "gan=patch", "task.adversary.disc_start=0", "task.adversary.gan_start=0")
+    task = build_task(cfg)
+    moved: list[tuple[bool, bool]] = []
+    plain_update = task.update
+
+    def update(*arguments: Any, **words: Any) -> None:
+        before = snapshot(task.vae), snapshot(task.discriminator)
+        plain_update(*arguments, **words)
+        after = snapshot(task.vae), snapshot(task.discriminator)
+        moved.append(tuple(any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, after, strict=True)))  # type: ignore[arg-type]
+
+    task.update = update
+    take_step(task, cfg)
+    assert moved == [(True, False), (False, True)]
+
+
+def test_gan_pull_is_the_gradient_of_the_generator_loss(config: Config) -> None:
+    """Against plain autograd through D: the term's gradient is weight * ratio * d loss_gan / d parameters."""
+    from fluxflow_train import losses
+
+    cfg = config("+experiment=vae_bezier", "gan=patch")
+    task = build_task(cfg)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    out = task.vae(x, torch.zeros(2, *task.vae.latent_shape(32, 32)))
+    rec = losses.l2_loss(out.x_hat, x)
+    fake = out.x_hat.detach().requires_grad_()
+    logs: dict[str, torch.Tensor] = {}
+    pull = task.gan_pull(rec, out.x_hat, fake, task.discriminator(fake), logs)
+    parameters = list(task.vae.parameters())
+    ours = torch.autograd.grad(pull, parameters, retain_graph=True, allow_unused=True)
+    loss_gan = losses.hinge_generator_loss(task.discriminator(out.x_hat))
+    plain = torch.autograd.grad(loss_gan, parameters, retain_graph=True, allow_unused=True)
+    ratio = losses.adaptive_weight(rec, loss_gan, task.vae.last_layer)
+    for a, b in zip(ours, plain, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, 0.5 * ratio * b, rtol=1e-3, atol=1e-7)
+
+
+def test_step_with_nan_is_left_out_and_too_many_stop_the_run(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier", "task.max_bad_steps=0", "scale.log_every=4")
+    task = build_task(cfg)
+    with torch.no_grad():
+        next(task.vae.parameters()).fill_(float("nan"))
+    before = snapshot(task.vae)
+    with pytest.raises(ValueError, match=r"NaN or Inf .* lower task.optimizer.lr"):
+        take_step(task, cfg)
+    after = snapshot(task.vae)
+    assert all(torch.equal(before[name], after[name]) or before[name].isnan().any() for name in before)
+
+
+def test_optimizer_that_cannot_leave_a_step_out_is_refused(config: Config) -> None:
+    task = build_task(config("+experiment=vae_bezier", "task.optimizer.fused=false"))
+    with pytest.raises(ValueError, match="fused"):
+        task.configure_optimizers()
+
+
+def test_trainer_composes(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier")
+    trainer = build_trainer(cfg, instantiate(cfg.data.module), [], [])
+    assert trainer.max_epochs == 1
