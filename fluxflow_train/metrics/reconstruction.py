@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 PEAK = 255
@@ -22,15 +21,6 @@ METRICS = ("psnr", "psnr_nonwhite", "ssim")
 def exact_convolutions() -> AbstractContextManager[None]:
     """fp32 convolutions in fp32: on a GPU, cuDNN takes TF32 (10 bits) unless told otherwise."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-def quantize(x: Tensor) -> Tensor:
-    """Image in [-1, 1] (values beyond are clamped) to uint8, rounded half up; 8-bit images return unchanged.
-
-    torchmetrics' own `normalize=True` truncates and wraps: there 1.01 becomes 1, here 255.
-    """
-    unit = x.float().add(1).div(2)
-    return unit.mul(255).add(0.5).clamp(0, 255).byte()
 
 
 def nonwhite(image: Tensor) -> Tensor:
@@ -89,24 +79,10 @@ class ReconstructionScores:
         self.values: dict[str, dict[int, float]] = {name: {} for name in METRICS}
 
     def update(self, image: Tensor, reconstruction: Tensor, index: Tensor) -> None:
-        """uint8 `image` and `reconstruction` (B, 3, H, W; see `quantize`), int64 `index` (B,) in the split."""
+        """uint8 `image` and `reconstruction` (B, 3, H, W; see `pixels.quantize`), int64 `index` (B,) in the split."""
         for name, function in (("psnr", psnr), ("psnr_nonwhite", psnr_nonwhite), ("ssim", ssim)):
             self.values[name].update(zip(index.tolist(), function(image, reconstruction).tolist(), strict=True))
 
     def per_image(self, name: str) -> list[float]:
-        """Values of this rank in the order of the index; inf for an exact copy, nan where undefined."""
+        """Values in the order of the index: inf for an exact copy, nan where undefined. See `finite_mean`."""
         return [value for _, value in sorted(self.values[name].items())]
-
-    def compute(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Mean over the images of all ranks, nan if there are none; exact copies and undefined values are left out.
-
-        One float64 all-reduce on `device` (NCCL needs the GPU); a rank without images takes part.
-        """
-        sums = torch.zeros(len(METRICS), 2, dtype=torch.float64)
-        for row, name in enumerate(METRICS):
-            finite = [v for v in self.values[name].values() if math.isfinite(v)]
-            sums[row, 0], sums[row, 1] = math.fsum(finite), len(finite)
-        if dist.is_available() and dist.is_initialized():
-            sums = sums.to(device)
-            dist.all_reduce(sums)
-        return dict(zip(METRICS, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))

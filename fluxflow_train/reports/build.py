@@ -5,7 +5,6 @@ N images of the split, D latent channels, h w latent grid.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +19,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import nn
 
 from fluxflow_train.data.sources import Split
+from fluxflow_train.files import write_atomically
 from fluxflow_train.metrics import features
 from fluxflow_train.metrics.baselines import PCA, fit_pca
+from fluxflow_train.pixels import dequantize
 from fluxflow_train.reports import figures, page, protocol
 from fluxflow_train.reports.checks import run_checks, status_of
 from fluxflow_train.reports.distances import MAX_FLOOR, PROJECTION_IMAGES, feature_results
@@ -99,7 +100,7 @@ def memory_of_a_batch(vae: nn.Module, data: EvaluationData, split: Split, device
     """Peak memory in MiB after one batch, taken before the extractor and the baselines need theirs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    x = next(iter(data.eval_dataloader(split)))["image"].to(device).float().div(127.5).sub(1)
+    x = dequantize(next(iter(data.eval_dataloader(split)))["image"].to(device))
     vae(x, torch.zeros(len(x), *vae.latent_shape(*x.shape[-2:]), device=device))  # type: ignore[operator]
     return protocol.peak_memory_mib(device)
 
@@ -182,7 +183,7 @@ def describe_extractor(extractor: features.EfficientNetLite0 | None) -> dict[str
 
 def draw_figures(vae: nn.Module, measured: SplitPass, run_dir: Path, device: torch.device) -> dict[str, Any]:
     """Curves as numbers, pictures as PNG."""
-    x = torch.stack([e.image for e in measured.examples]).to(device).float().div(127.5).sub(1)
+    x = dequantize(torch.stack([e.image for e in measured.examples]).to(device))
     eps = torch.zeros(len(x), *vae.latent_shape(*x.shape[-2:]), device=device)  # type: ignore[operator]
     worst = [item for _, _, item in sorted(measured.worst, key=lambda entry: entry[2].psnr)]
     return {
@@ -214,16 +215,8 @@ def progress(label: str, total: int) -> Iterator[Any]:
 
 
 def write_report(report: dict[str, Any], run_dir: Path) -> None:
-    """`report.json` and `report.html` in `run_dir`, each written whole under another name and then renamed."""
-    write_atomic(run_dir / "report.json", json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    write_atomic(run_dir / "report.html", page.render(report))
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """`report.json` and `report.html` in `run_dir`; each is replaced whole."""
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    html = page.render(report)
+    write_atomically(run_dir / "report.json", text.encode())
+    write_atomically(run_dir / "report.html", html.encode())

@@ -17,7 +17,8 @@ from fluxflow_train.data.sources import Split
 from fluxflow_train.losses import rate_nats
 from fluxflow_train.metrics.baselines import PCA, white_like
 from fluxflow_train.metrics.features import EfficientNetLite0
-from fluxflow_train.metrics.reconstruction import ReconstructionScores, exact_convolutions, psnr, quantize
+from fluxflow_train.metrics.reconstruction import ReconstructionScores, exact_convolutions, psnr
+from fluxflow_train.pixels import dequantize, quantize
 
 # A larger training split is drawn from its first images only: it is read in order, and reading it all takes hours.
 TRAIN_POOL = 16_384
@@ -142,7 +143,7 @@ def reconstruct(vae: nn.Module, image: Tensor, index: Tensor, seed: int, result:
     """uint8 reconstruction (B, 3, H, W) by the posterior mean; the sampled one's PSNR, rates, speed and defects go into
     `result`."""
     with torch.autocast(image.device.type, enabled=False), exact_convolutions():
-        x = image.float().div(127.5).sub(1)
+        x = dequantize(image)
         shape = vae.latent_shape(*x.shape[-2:])  # type: ignore[operator]
         start = seconds(x.device)
         mean = vae(x, torch.zeros(len(x), *shape, device=x.device))

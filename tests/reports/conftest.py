@@ -71,9 +71,7 @@ def write_metrics(folder: Path) -> None:
 def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """Evaluates the small VAE; words replace parts of `PROVENANCE`."""
 
-    def run(
-        num_train: int, num_test: int, batch_size: int = 32, vae: VAE | None = None, **words: Any
-    ) -> dict[str, Any]:
+    def run(train: int, test: int, batch_size: int = 32, vae: VAE | None = None, **words: Any) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("run")
         write_metrics(folder)
         data = Blobs(train, test, batch_size)
