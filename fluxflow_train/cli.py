@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fluxflow_train.errors import UserError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+USERS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # where the user may be the cause
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def config_folder() -> Path:
@@ -35,44 +36,51 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
         def main() -> None:
             show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
-            composed = False
+            failed: list[Exception] = []
 
             def run(cfg: DictConfig) -> None:
-                nonlocal composed
-                composed = True
-                body(cfg)
+                try:
+                    body(cfg)
+                except USERS as error:  # kept from Hydra, which would print lines of its own
+                    failed.append(error)
 
             try:
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(run)()
             except KeyboardInterrupt:
                 sys.exit(130)
-            except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-                answer = explain(error) if composed else (f"error: {one_line(error)}{suggestion(error)}", 2)
-                if show_all or answer is None:
+            except USERS as error:
+                if show_all:
                     raise
-                print(answer[0], file=sys.stderr)
-                sys.exit(answer[1])
+                print(f"error: {one_line(error)}{suggestion(error)}", file=sys.stderr)
+                sys.exit(2)
+            for error in failed:
+                answer = explain(error)
+                if show_all or answer is None:
+                    raise error
+                print(answer, file=sys.stderr)
+            if failed:
+                sys.exit(1)
 
         return main
 
     return decorate
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit code for an error of the user's while a command runs; None where it is none."""
+def explain(error: BaseException) -> str | None:
+    """The line for an error of the user's while a command runs; None where it is a defect."""
     instantiating = isinstance(error, HydraException)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            return f"error: {cause}", 1
+            return f"error: {cause}"
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             where = cause.filename or "the output folder"
-            return f"error: cannot write {where}: {cause.strerror}; make room, or choose another place with run=DIR", 1
+            return f"error: cannot write {where}: {cause.strerror}; make room, or choose another place with run=DIR"
         if instantiating and isinstance(cause, ValueError | ModuleNotFoundError):  # a constructor's own words
-            return f"error: {one_line(cause)}", 1
+            return f"error: {one_line(cause)}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OmegaConfBaseException):
-        return f"error: {one_line(error)}", 2
+        return f"error: {one_line(error)}"
     return None
 
 
@@ -84,12 +92,14 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(cause).strip().splitlines()]
     ended = [i for i, line in enumerate(lines) if not line or line.startswith(("full_key", "object_type", "Set the"))]
     kept = lines[: ended[0]] if ended and ended[0] else lines
-    return " ".join(line for line in kept if not line.startswith("To append"))
+    return " ".join(line for line in kept if not line.startswith(("To append", "See https://hydra.cc")))
 
 
 def suggestion(error: BaseException) -> str:
     """The nearest valid name to the one that Hydra did not find."""
     text = str(error)
+    if "mismatched input" in text or "token recognition" in text:
+        return """ Quote a value that has { } , = or spaces twice: "data.train='/data/train-{000..099}.tar'\""""
     option = re.search(r"Could not find '([^']+)'", text)
     if option and "Available options" in text:
         group, _, name = option[1].rpartition("/")
@@ -99,6 +109,8 @@ def suggestion(error: BaseException) -> str:
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if key:
         wanted = (key[1] or key[2]).lstrip("+")
+        if (config_folder() / wanted).is_dir():  # a group that no default names must be added
+            return f" Did you mean +{wanted}=...?"
         near = difflib.get_close_matches(wanted, known_keys(), n=1, cutoff=0.5)
         return f" Did you mean {near[0]}?" if near else " --cfg job shows every key."
     return ""

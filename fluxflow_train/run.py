@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Measure a finished run again."""
     quieten()
     directory = RunDirectory(Path(cfg.run).expanduser())
-    config = directory.config()
+    config = plain(directory.config())
     data: ImageData = instantiate(config.data.module)
     data.prepare_data()
     report(directory, config, data, cfg.split, device_of(cfg.device))
@@ -97,7 +97,7 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     run_id = cfg.run_id or new_run_id()
     directory = RunDirectory(Path(cfg.run or f"outputs/{cfg.name}/{run_id}").expanduser())
     if directory.exists() and not chosen:
-        return directory, directory.config()
+        return directory, plain(directory.config())
     if not chosen:
         raise UserError(f"{directory.path} holds no run yet: add +experiment=vae_bezier to begin one there")
     saved = directory.config() if directory.exists() else None
@@ -113,9 +113,12 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
             console.print(f"matched to the Bezier arm by {cfg.match}:\n{table}", highlight=False, soft_wrap=True)
     else:
         refuse_differences(cfg, saved, directory.path)
-    config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    assert isinstance(config, DictConfig)
-    return directory, config
+    return directory, plain(cfg)
+
+
+def plain(cfg: DictConfig) -> DictConfig:
+    """The same without interpolations, so that a part of it can be used alone."""
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
 
 def match_widths(cfg: DictConfig) -> list[Row] | None:
@@ -125,7 +128,7 @@ def match_widths(cfg: DictConfig) -> list[Row] | None:
         return None
     if cfg.match not in ("parameters", "flops"):
         raise UserError(f"match is parameters, flops or none, got {cfg.match}")
-    model: Any = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    model = plain(cfg.model)
     like_bezier = model.copy()
 
     def build(**widths: list[int]) -> nn.Module:

@@ -18,6 +18,7 @@ from fluxflow_train.files import write_atomically
 READING = ("num_workers", "root", "cache_bytes", "source.root", "module.num_workers")
 READING += ("module.cache_dir", "module.cache_bytes", "module.source.root")
 FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", *(f"data.{key}" for key in READING))
+HERE = "<run>"  # stands for the run directory while the configuration is resolved
 DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError)
 
 
@@ -35,7 +36,7 @@ class RunDirectory:
         return self.config_path.is_file()
 
     def config(self) -> DictConfig:
-        """The configuration that the run began with, fully resolved.
+        """The configuration that the run began with; its paths point into this folder, wherever it was moved.
 
         Raises:
             UserError: this is no run directory.
@@ -46,12 +47,18 @@ class RunDirectory:
             )
         config = OmegaConf.load(self.config_path)
         assert isinstance(config, DictConfig)
+        config.run = str(self.path)
         return config
 
     def create(self, config: DictConfig, overrides: list[str]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "overrides.txt", "".join(f"{o}\n" for o in overrides).encode())
-        write_atomically(self.config_path, OmegaConf.to_yaml(config, resolve=True).encode())
+        movable = config.copy()
+        movable.run = HERE
+        content = (
+            OmegaConf.to_yaml(movable, resolve=True).replace(f"run: {HERE}\n", "run: null\n").replace(HERE, "${run}")
+        )
+        write_atomically(self.config_path, content.encode())
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that can be read in whole; None before the first.

@@ -1,7 +1,9 @@
 """Fixtures compose the real configuration, made small."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -31,9 +33,42 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Overrides that make a run of seconds."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards are written once for the session."""
     return tmp_path_factory.mktemp("data")
+
+
+class Command(NamedTuple):
+    """What a command left: its exit code and what it wrote to the terminal."""
+
+    code: int
+    output: str
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Command]:
+    """`command("fluxflow_train", "run=DIR", ...)` as typed behind `python -m`, in this process to save the imports."""
+
+    def run(module: str, *arguments: str) -> Command:
+        capfd.readouterr()
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        name = f"{module}.__main__" if module == "fluxflow_train" else module
+        try:
+            importlib.import_module(name).main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Command(code, captured.out + captured.err)
+
+    return run
 
 
 @pytest.fixture
