@@ -52,10 +52,8 @@ class CSVRecords(Logger):
 
     def drop_after(self, images_seen: int) -> None:
         """Forget what a resumed run will record again."""
-        kept = [row for row in self.rows if int(row[CLOCK]) <= images_seen]
-        if len(kept) < len(self.rows):
-            self.rows = kept
-            self.rewrite()
+        self.rows = [row for row in self.rows if int(row[CLOCK]) <= images_seen]
+        self.rewrite()
 
     def rewrite(self) -> None:
         write_atomically(self.path, render(self.columns, self.rows, header=True).encode())
@@ -86,12 +84,9 @@ def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and whole rows of a metrics file; a last row that was cut short is left out."""
     if not path.exists():
         return [CLOCK], []
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
-    columns = lines[0]
-    return columns, [
-        {k: v for k, v in zip(columns, line, strict=True) if v} for line in lines[1:] if len(line) == len(columns)
-    ]
+    whole, _, _ = path.read_text().rpartition("\n")
+    columns, *lines = csv.reader(whole.splitlines())
+    return columns, [{k: v for k, v in zip(columns, line, strict=True) if v} for line in lines]
 
 
 def render(columns: list[str], rows: list[dict[str, str]], header: bool) -> str:
