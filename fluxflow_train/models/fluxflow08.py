@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fluxflow_train.models.activations import GatedActivation
 from fluxflow_train.models.bezier import BezierActivation, PreActivation, TrainableBezier
+from fluxflow_train.models.bezier_curve import widen
 from fluxflow_train.models.layers import SPADE, add_coordinates, group_norm
 from fluxflow_train.models.transposed import ActivatedUpsampling
 from fluxflow_train.models.vae import VAEOutput, reparameterise
@@ -125,7 +126,7 @@ class Compressor(nn.Module):
         # The published coordinates are rounded to float32 whatever the type of the image.
         coordinates = add_coordinates(x.float())[:, -2:].to(x.dtype)
         detail = self.detail(self.stages(torch.cat([x, coordinates], dim=1)))
-        mu, logvar = self.mu(detail), self.logvar(detail)
+        mu, logvar = widen(self.mu(detail)), widen(self.logvar(detail))
         _, d, h, w = detail.shape
         code = detail + reparameterise(mu, logvar, eps) + position_encoding(d, h, w, x.device).to(x.dtype)
         tokens = torch.tanh(self.norm(rearrange(code, "b d h w -> b (h w) d")))
@@ -170,7 +171,7 @@ class Expander(nn.Module):
         x = tokens.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x, context)
-        return self.rgb(self.rgb_conv(self.head(x)))
+        return widen(self.rgb(self.rgb_conv(self.head(x))))
 
 
 class FluxFlow08VAE(nn.Module):
