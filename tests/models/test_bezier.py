@@ -86,9 +86,9 @@ def test_only_the_input_is_saved() -> None:
     assert [t.untyped_storage().data_ptr() for t in saved] == [x.untyped_storage().data_ptr()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_second_derivative(layout: str, dtype: torch.dtype) -> None:
+def test_second_derivative(layout: str, dtype: torch.dtype, tolerance: float) -> None:
     """What R1 needs: the gradient of a squared gradient norm."""
     torch.manual_seed(0)
 
@@ -99,7 +99,7 @@ def test_second_derivative(layout: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 10, 3, 4, dtype=dtype, requires_grad=True)
     ours = penalty_gradient(lambda x: call(x, "tanh", "silu", layout, 1), x)
     reference = penalty_gradient(lambda x: naive(x, "tanh", "silu", layout, 1), x)
-    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
 
 
 def test_channels_must_fit() -> None:

@@ -9,7 +9,7 @@ from fluxflow_train.models.bezier import BezierActivation
 
 PAIRS = [("sigmoid", "silu"), ("tanh", "silu"), ("sigmoid", "none"), ("none", "tanh"), ("silu", "sigmoid")]
 SIZES = [(3, 700), (500, 7), (2000, 1), (1, 1)]  # (N, M): long stretches, short ones, none, less than a tile
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +30,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("names", "degree"), itertools.product(PAIRS, (1, 2, 3)))
+@pytest.mark.parametrize(("names", "degree"), list(itertools.product(PAIRS, (1, 2, 3))))
 def test_cpu_kernel_is_the_closed_form(names: tuple[str, str], degree: int, dtype: torch.dtype) -> None:
     fused = bezier_cpu.bind(bezier_cpu.build(*names, degree), dtype, 1.5)
     plain = bezier_kernel.eager_kernels(*names, 1.5)
@@ -44,11 +44,12 @@ def test_cpu_kernel_is_the_closed_form(names: tuple[str, str], degree: int, dtyp
 
 def test_saturated_inputs() -> None:
     forward, backward = bezier_kernel.choose_kernels("cpu", torch.float32, "sigmoid", "silu", 3, 1.0)
-    x = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4])[torch.randint(0, 7, (64, 5, 33))]
     plain = bezier_kernel.eager_kernels("sigmoid", "silu", 1.0)
-    torch.testing.assert_close(forward(x).double(), plain[0](x.double()), rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    x = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4])[torch.randint(0, 7, (64, 5, 33))]
     grad = torch.ones(64, 33)
-    torch.testing.assert_close(backward(x, grad).double(), plain[1](x.double(), grad.double()), rtol=1e-5, atol=1e-5)
+    assert worst(forward(x), plain[0](x.double())) < 1e-6
+    assert worst(backward(x, grad), plain[1](x.double(), grad.double())) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -102,9 +103,8 @@ def test_meta_tensors_have_shapes_only() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_torch_compile_kernel(dtype: torch.dtype) -> None:
     """What CUDA runs, on the CPU's compiler."""
-    compiled, plain = (
-        make("tanh", "silu", 1.5) for make in (bezier_kernel.compiled_kernels, bezier_kernel.eager_kernels)
-    )
+    compiled = bezier_kernel.compiled_kernels("tanh", "silu", 1.5)
+    plain = bezier_kernel.eager_kernels("tanh", "silu", 1.5)
     for n, m in SIZES:
         x, grad = inputs(n, m, 3, dtype)
         assert worst(compiled[0](x), plain[0](x.double())) < TOLERANCE[dtype]
