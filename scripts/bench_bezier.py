@@ -12,8 +12,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from alternation import Worker, alternate, machine, serve
@@ -81,11 +83,10 @@ def ours() -> torch.nn.Module:
 
 
 def peers() -> torch.nn.Module:
-    from fluxflow.models.activations import BezierActivation
-
+    activations: Any = import_module("fluxflow.models.activations")  # by name: no dependency, and without types
     if version("fluxflow") != "0.8.1":
         raise SystemExit(f"the peer is fluxflow 0.8.1, found {version('fluxflow')}")
-    return BezierActivation(t_pre_activation="tanh", p_preactivation="silu")
+    return activations.BezierActivation(t_pre_activation="tanh", p_preactivation="silu")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -154,24 +155,23 @@ def requested_batches() -> Iterator[dict[str, Any]]:
 
 def peer() -> None:
     """The peer's own trainer step."""
-    from accelerate import Accelerator
-    from fluxflow.models import PatchDiscriminator, v080
-    from fluxflow_training.training import EMA, VAETrainer
-
+    models: Any = import_module("fluxflow.models")  # by name: they are no dependencies, and have no types
+    training: Any = import_module("fluxflow_training.training")
+    accelerate: Any = import_module("accelerate")
     if version("fluxflow-training") != "0.8.1":
         raise SystemExit(f"the peer is fluxflow-training 0.8.1, found {version('fluxflow-training')}")
     torch.manual_seed(0)
-    compressor = v080.FluxCompressor(d_model=WIDTH, downscales=DOWNSCALES)
-    expander = v080.FluxExpander(d_model=WIDTH, upscales=DOWNSCALES)
-    discriminator = PatchDiscriminator(base_ch=DISCRIMINATOR_WIDTH, depth=DISCRIMINATOR_DEPTH, ctx_dim=WIDTH)
+    compressor = models.v080.FluxCompressor(d_model=WIDTH, downscales=DOWNSCALES)
+    expander = models.v080.FluxExpander(d_model=WIDTH, upscales=DOWNSCALES)
+    discriminator = models.PatchDiscriminator(base_ch=DISCRIMINATOR_WIDTH, depth=DISCRIMINATOR_DEPTH, ctx_dim=WIDTH)
     optimizer = torch.optim.AdamW([*compressor.parameters(), *expander.parameters()], lr=1e-4, betas=(0.5, 0.9))
     optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=1e-4, betas=(0.5, 0.9))
-    trainer = VAETrainer(
+    trainer = training.VAETrainer(
         compressor=compressor,
         expander=expander,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
-        ema=EMA(nn.ModuleList([compressor, expander])),
+        ema=training.EMA(nn.ModuleList([compressor, expander])),
         reconstruction_loss_fn=nn.L1Loss(),
         reconstruction_loss_min_fn=nn.MSELoss(),
         use_gan=True,
@@ -181,7 +181,7 @@ def peer() -> None:
         r1_gamma=R1_GAMMA,
         r1_interval=R1_EVERY,
         use_lpips=False,
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerate.Accelerator(cpu=True),
     )
     images = torch.rand(BATCH, 3, RESOLUTION, RESOLUTION) * 2 - 1
     steps = iter(range(1_000_000))

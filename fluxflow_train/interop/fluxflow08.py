@@ -29,9 +29,9 @@ def load_vae(folder: Path) -> FluxFlow08VAE:
     Raises:
         UserError: a file is missing, cut short, of another version, or its keys or shapes are not those of a 0.8 VAE.
     """
-    architecture = read_metadata(folder)["architecture"]
-    vae = build(folder, architecture)
-    published = read_weights(folder)
+    metadata = read_metadata(folder)
+    vae = build(folder, metadata["architecture"])
+    published = read_weights(folder, metadata)
     check_against(vae, published, folder / WEIGHTS)
     vae.load_state_dict(keys08.to_ours(vae, published))
     return vae
@@ -49,8 +49,7 @@ def save_vae(vae: FluxFlow08VAE, folder: Path, rest_from: Path | None = None) ->
     tensors, metadata = keys08.to_theirs(vae), empty_metadata()
     if rest_from is not None:
         metadata = read_metadata(rest_from)
-        published = read_weights(rest_from)
-        check_against(build(rest_from, metadata["architecture"]), published, rest_from / WEIGHTS)
+        published = read_weights(rest_from, metadata)
         check_against(vae, published, rest_from / WEIGHTS)
         tensors |= {name: tensor for name, tensor in published.items() if not name.startswith(OWN_PARTS)}
     metadata["architecture"] |= {
@@ -93,14 +92,20 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, metadata: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of the file, which must have the checksum that the metadata gives, if they give one."""
     path = folder / WEIGHTS
     try:
-        return safetensors.torch.load_file(path)
+        data = path.read_bytes()
+        tensors = safetensors.torch.load(data)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error}): name a FluxFlow 0.8 folder.") from error
+        raise UserError(f"{path} can't be read ({error.strerror}): name a FluxFlow 0.8 checkpoint folder.") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short ({error}): get the file again.") from error
+    expected = (metadata.get("checksum") or {}).get("weights_hash")
+    if expected and hashlib.sha256(data).hexdigest() != expected:
+        raise UserError(f"{path} has not the checksum that {METADATA} gives: get both files again.")
+    return tensors
 
 
 def build(folder: Path, architecture: dict[str, Any]) -> FluxFlow08VAE:

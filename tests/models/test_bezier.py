@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,16 +27,8 @@ def naive(x: Tensor, t_name: str, p_name: str, layout: str, dim: int, degree: in
     return torch.stack(outputs).movedim(0, dim)
 
 
-def call(x: Tensor, t_name: str, p_name: str, layout: str, dim: int, degree: int = 3, gain: float = 1.0) -> Tensor:
-    return bezier(
-        x,
-        t_activation=t_name,
-        p_activation=p_name,
-        layout=layout,
-        dim=dim,
-        degree=degree,
-        gain=gain,  # type: ignore
-    )
+def call(x: Tensor, t_name: Any, p_name: Any, layout: Any, dim: int, degree: int = 3, gain: float = 1.0) -> Tensor:
+    return bezier(x, t_activation=t_name, p_activation=p_name, layout=layout, dim=dim, degree=degree, gain=gain)
 
 
 @pytest.mark.parametrize(("t_name", "p_name", "layout", "degree"), CASES)
