@@ -4,8 +4,8 @@ B batch, I O channels in and out, C = O / planes channels after the activation, 
 
 An output pixel (2p + a, 2q + b) meets every second tap only, so each of the four phases (a, b) is an ordinary
 convolution with k/2 x k/2 taps; the four run as one convolution with 4 O outputs on an (H+1) x (W+1) grid, and the
-activation before they are interleaved, on whole planes. Same arithmetic, less than half of the time on a CPU:
-`scripts/bench_vae.py` prints both.
+activation before they are interleaved, on whole planes. Same arithmetic, half of the time on a CPU without AMX
+(k = 16, 32 -> 160 channels, 32 x 32, batch 8, forward and backward, one core: 0.44 s for 0.99 s).
 """
 
 import functools
@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+LARGE_KERNEL = 16  # the published one; with 4 and 8 the plain form is as fast
 
 
 @functools.cache
@@ -57,8 +59,12 @@ class ActivatedUpsampling(nn.ConvTranspose2d):
         self.planes, self.activation = planes, activation
 
     def by_phases(self, x: Tensor) -> bool:
-        """Chosen by kernel size, device and dtype, and on CPUs by what they multiply: never by a timing."""
-        if x.device.type != "cpu" or self.kernel_size[0] % 4:
+        """Chosen by device, dtype and size of one image (not of the batch, which may change within a run).
+
+        The phases pay for large kernels, once an image has enough positions to make up for reordering the weights.
+        """
+        positions = x.shape[-2] * x.shape[-1]
+        if x.device.type != "cpu" or self.kernel_size[0] != LARGE_KERNEL or positions < 2 * self.in_channels:
             return False
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return not (dtype == torch.bfloat16 and has_amx())

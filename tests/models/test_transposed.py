@@ -51,7 +51,8 @@ def test_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer.by_phases(x.bfloat16()) is not amx
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer.by_phases(x) is not amx
-    assert not ActivatedUpsampling(3, 4, 6, 1, nn.Identity()).by_phases(x)
+    assert not ActivatedUpsampling(3, 4, 8, 1, nn.Identity()).by_phases(x)
+    assert not layer.by_phases(x[..., :1])
 
 
 def test_odd_kernels_are_refused() -> None:
