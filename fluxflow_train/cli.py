@@ -76,7 +76,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             where = cause.filename or "the output folder"
             return f"error: cannot write {where}: {cause.strerror}; make room, or choose another place with run=DIR"
-        if instantiating and isinstance(cause, ValueError | ModuleNotFoundError):  # a constructor's own words
+        if instantiating and cause.__cause__ is None and cause.__context__ is None:  # a constructor's own words
             return f"error: {one_line(cause)}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OmegaConfBaseException):

@@ -2,12 +2,17 @@
 
 import torch
 
+from fluxflow_train.errors import UserError
+
 
 def device_of(name: str) -> torch.device:
-    """A torch device; "auto" is the GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A torch device; "auto" is the GPU if there is one. Raises UserError where the machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not to be had here: use device=auto or device=cpu") from error
 
 
 def fastest_precision(device: torch.device) -> str:

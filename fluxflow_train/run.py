@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,18 @@ from rich.console import Console
 from torch import nn
 
 from fluxflow_train import provenance, rng
-from fluxflow_train.ablation.cost import Row, VAEInputs, render, residual_table
+from fluxflow_train.ablation.cost import VAEInputs, render, residual_table
 from fluxflow_train.ablation.matching import match
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.data.datamodule import ImageData
+from fluxflow_train.data.sources import SPLITS
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 from fluxflow_train.hardware import device_of, fastest_precision
 from fluxflow_train.pixels import dequantize
 from fluxflow_train.records import CSVRecords
 from fluxflow_train.reports.build import evaluate_vae, write_report
-from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences
+from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences, resumed_config
 from fluxflow_train.weights import load_model, save_model
 
 console = Console(stderr=True)
@@ -37,7 +37,6 @@ STATISTICS_IMAGES = 10_000  # of the training set, for the latent mean and stand
 
 def train(cfg: DictConfig) -> None:
     """Train, export, evaluate; or go on where the run directory stopped."""
-    started = time.perf_counter()
     quieten()
     directory, config = open_run(cfg)
     torch.manual_seed(rng.torch_seed(config.seed, "weights"))
@@ -46,23 +45,26 @@ def train(cfg: DictConfig) -> None:
     loggers = list(instantiate(config.logger).values())
     callbacks = list(instantiate(config.callbacks).values())
     trainer = build_trainer(config, data, loggers, callbacks)
+    refuse_impossible(config, task)
     console.print(headline(config, task, trainer, directory), highlight=False, soft_wrap=True)
 
     checkpoint = directory.checkpoint()
+    images_seen = -1
     if checkpoint is not None:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["task"]
-        console.print(f"resuming at {state['images_seen']:,} images from {checkpoint}", highlight=False, soft_wrap=True)
-        for logger in loggers:
-            if isinstance(logger, CSVRecords):
-                logger.drop_after(state["images_seen"])
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if task.images_seen < task.budget_images:
+        images_seen = torch.load(checkpoint, map_location="cpu", weights_only=True)["task"]["images_seen"]
+        console.print(f"resuming at {images_seen:,} images from {checkpoint}", highlight=False, soft_wrap=True)
+    for logger in loggers:
+        if isinstance(logger, CSVRecords):
+            logger.drop_after(images_seen)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise UserError(
             f"stopped at {task.images_seen:,} of {task.budget_images:,} images: "
-            f"resume with python -m fluxflow_train run={directory.path}"
-        )
+            f"go on from the last checkpoint with python -m fluxflow_train run={directory.path}"
+        ) from stop
     if trainer.is_global_zero:
-        export(directory, config, task, data, trainer, time.perf_counter() - started)
+        export(directory, config, task, data, trainer)
         if config.evaluate.split is not None:
             report(directory, config, data, config.evaluate.split, task.device)
 
@@ -70,6 +72,7 @@ def train(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Measure a finished run again."""
     quieten()
+    refuse_unknown_split(cfg.split)
     directory = RunDirectory(Path(cfg.run).expanduser())
     config = plain(directory.config())
     data: ImageData = instantiate(config.data.module)
@@ -96,19 +99,22 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
         raise UserError("nothing to train: add +experiment=vae_bezier (--help lists all), or run=DIR to resume a run")
     run_id = cfg.run_id or new_run_id()
     directory = RunDirectory(Path(cfg.run or f"outputs/{cfg.name}/{run_id}").expanduser())
-    if directory.exists() and not chosen:
-        return directory, plain(directory.config())
-    if not chosen:
-        raise UserError(f"{directory.path} holds no run yet: add +experiment=vae_bezier to begin one there")
     saved = directory.config() if directory.exists() else None
+    if not chosen and saved is None:
+        raise UserError(f"{directory.path} holds no run yet: add +experiment=vae_bezier to begin one there")
+    overrides = list(HydraConfig.get().overrides.task)
+    if saved is not None and not chosen:
+        return directory, plain(resumed_config(cfg, saved, overrides))
     cfg.run, cfg.run_id = str(directory.path), saved.run_id if saved is not None else run_id
     if cfg.trainer.precision == "auto":
-        cfg.trainer.precision = fastest_precision(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
-    rows = match_widths(cfg)
+        device = device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto")
+        cfg.trainer.precision = saved.trainer.precision if saved is not None else fastest_precision(device)
+    matched = match_widths(cfg)
     if saved is None:
-        directory.create(cfg, list(HydraConfig.get().overrides.task))
-        if rows is not None:
-            table = render(rows)
+        directory.create(cfg, overrides)
+        if matched is not None:
+            inputs = VAEInputs(cfg.data.module.resolution, cfg.data.module.resolution)
+            table = render(residual_table(*matched, inputs, device="cpu"))
             write_atomically(directory.path / "match.txt", f"{table}\n".encode())
             console.print(f"matched to the Bezier arm by {cfg.match}:\n{table}", highlight=False, soft_wrap=True)
     else:
@@ -116,13 +122,32 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     return directory, plain(cfg)
 
 
+def refuse_impossible(config: DictConfig, task: Any) -> None:
+    """What would otherwise come out only after data were prepared, or after hours of training."""
+    if config.evaluate.split is not None:
+        refuse_unknown_split(config.evaluate.split)
+    size = config.data.module.resolution
+    if size % task.vae.stride:
+        raise UserError(
+            f"scale.resolution={size} is no multiple of the model's stride: give a multiple of {task.vae.stride}"
+        )
+
+
+def refuse_unknown_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"there is no split {split}: it is one of {', '.join(SPLITS)}")
+
+
 def plain(cfg: DictConfig) -> DictConfig:
     """The same without interpolations, so that a part of it can be used alone."""
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
 
-def match_widths(cfg: DictConfig) -> list[Row] | None:
-    """Give another arm than Bezier the widths that make it as large as the Bezier arm; returns what still differs."""
+def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
+    """Give another arm than Bezier the widths that make it as large as the Bezier arm.
+
+    Returns the Bezier network and the matched one, on the meta device; None where there is nothing to match.
+    """
     arms = {part: cfg.activation[part] for part in ("encoder", "decoder")}
     if cfg.match == "none" or all(arm == "bezier" for arm in arms.values()):
         return None
@@ -152,7 +177,7 @@ def match_widths(cfg: DictConfig) -> list[Row] | None:
     )
     for part, values in found.widths.items():
         cfg.model[part].widths = values
-    return residual_table(reference, found.network, inputs, device="cpu")
+    return reference, found.network
 
 
 def build_trainer(config: DictConfig, data: ImageData, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -188,9 +213,7 @@ def quieten() -> None:
 
 
 @torch.no_grad()
-def export(
-    directory: RunDirectory, config: DictConfig, task: Any, data: ImageData, trainer: L.Trainer, seconds: float
-) -> None:
+def export(directory: RunDirectory, config: DictConfig, task: Any, data: ImageData, trainer: L.Trainer) -> None:
     """Measure the latent statistics of the averaged weights and write `model.safetensors` and `model.json`."""
     average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
     with average.averaged(task):
@@ -205,10 +228,14 @@ def export(
                 "weights": "ema",
                 "activation": OmegaConf.to_container(config.activation, resolve=True),
                 "heads": config.heads,
+                "reconstruction": config.task.reconstruction.path.rpartition(".")[2],
+                "perceptual": "none" if config.task.perceptual is None else "lpips",
+                "gan": "none" if config.task.adversary is None else "patch",
+                "kl_weight": config.task.kl_weight,
                 "precision": config.trainer.precision,
                 "seed": config.seed,
-                "seconds_last_session": round(seconds, 1),
-                "command": provenance.command_line(),
+                "seconds_training": round(task.seconds_training, 1),
+                "command": directory.command(),
                 "git": provenance.git_state(),
             },
         }
@@ -216,16 +243,18 @@ def export(
 
 
 def measure_latents(vae: Any, data: ImageData, device: torch.device) -> None:
-    """Set the per-channel mean and standard deviation of mu over the first training images, in float64."""
+    """Set the per-channel mean and standard deviation of z = mu + sigma * eps over the first training images.
+
+    In float64; the variance of z is that of mu plus the mean of sigma squared.
+    """
     total = square = torch.zeros(vae.latent_channels, dtype=torch.float64, device=device)
     count = 0
     vae.eval()
     batches = itertools.islice(data.eval_dataloader("train"), math.ceil(STATISTICS_IMAGES / data.batch_size))
     for batch in batches:
-        mu, _ = vae.encoder(dequantize(batch["image"].to(device)))
-        mu = mu.double()
+        mu, logvar = (t.double() for t in vae.encoder(dequantize(batch["image"].to(device))))
         total = total + mu.sum(dim=(0, 2, 3))
-        square = square + mu.square().sum(dim=(0, 2, 3))
+        square = square + (mu.square() + logvar.exp()).sum(dim=(0, 2, 3))
         count += mu[:, 0].numel()
     mean = total / count
     vae.latent_mean.copy_(mean)
@@ -248,7 +277,7 @@ def report(directory: RunDirectory, config: DictConfig, data: ImageData, split: 
             "model": {k: v for k, v in origin.items() if k not in ("command", "git")} | {"ema": True},
             "reference": {"dataset": str(config.data.source._target_).rpartition(".")[2]},
             "environment": {"git": origin["git"], "precision_training": config.trainer.precision},
-            "cost": {"seconds_last_session": origin["seconds_last_session"]},
+            "cost": {"seconds_training": origin["seconds_training"]},
         },
     )
     write_report(result, directory.path)

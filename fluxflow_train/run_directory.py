@@ -1,7 +1,9 @@
 """The run directory: made once, resumed by naming it again. Its layout is a contract with people and other commands."""
 
 import os
+import pickle
 import secrets
+import shlex
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +21,7 @@ READING = ("num_workers", "root", "cache_bytes", "source.root", "module.num_work
 READING += ("module.cache_dir", "module.cache_bytes", "module.source.root")
 FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", *(f"data.{key}" for key in READING))
 HERE = "<run>"  # stands for the run directory while the configuration is resolved
-DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError)
+DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError)
 
 
 class RunDirectory:
@@ -60,6 +62,11 @@ class RunDirectory:
         )
         write_atomically(self.config_path, content.encode())
 
+    def command(self) -> str:
+        """The command that began the run, as one would type it; the folder left to choose."""
+        overrides = (self.path / "overrides.txt").read_text().splitlines()
+        return shlex.join(["python", "-m", "fluxflow_train", *(o for o in overrides if not o.startswith("run="))])
+
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that can be read in whole; None before the first.
 
@@ -94,7 +101,7 @@ def refuse_differences(ours: DictConfig, saved: DictConfig, path: Path) -> None:
     differing = [
         f"{key}={new.get(key)} (the run has {old.get(key)})"
         for key in sorted(new.keys() | old.keys())
-        if new.get(key) != old.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if new.get(key) != old.get(key) and not is_free(key)
     ]
     roots = [d for d in differing if not d.startswith("data.module.")] or differing
     if roots:
@@ -102,6 +109,31 @@ def refuse_differences(ours: DictConfig, saved: DictConfig, path: Path) -> None:
             f"{path} holds another run: {'; '.join(roots[:3])}{' ...' if len(roots) > 3 else ''}: "
             "leave those overrides out to resume it, or name another run=DIR"
         )
+
+
+def resumed_config(ours: DictConfig, saved: DictConfig, overrides: list[str]) -> DictConfig:
+    """The saved configuration with those overrides of this session that a resumed run may take.
+
+    Raises:
+        UserError: an override would make it another run.
+    """
+    config = saved.copy()
+    for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
+        if not is_free(key) and OmegaConf.select(ours, key) != OmegaConf.select(saved, key):
+            raise UserError(
+                f"{key} can't change in a run that has begun: leave it out to resume, or begin another run "
+                f"(+experiment=... run=ANOTHER); free are {', '.join(FREE[2:6])} and data.num_workers"
+            )
+        if is_free(key) and key not in ("run", "run_id"):
+            OmegaConf.update(config, key, OmegaConf.select(ours, key))
+    config.trainer.precision = saved.trainer.precision
+    return config
+
+
+def is_free(key: str) -> bool:
+    if key == "trainer.precision":  # another precision computes other numbers
+        return False
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

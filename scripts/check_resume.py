@@ -6,6 +6,7 @@ Exit code 1 unless the final weights, the averaged weights and the optimizers ar
 """
 
 import argparse
+import csv
 import random
 import signal
 import subprocess
@@ -49,12 +50,12 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def kill_at(run: Path, overrides: list[str], moment: float) -> bool:
-    """SIGKILL the run `moment` seconds after its first checkpoint of this session; False if it ended before."""
-    last = run / "checkpoints" / "last.ckpt"
-    before = last.stat().st_mtime_ns if last.exists() else None
+    """SIGKILL the run `moment` seconds after this session's first record; False if it ended before."""
+    metrics = run / "metrics.csv"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else None
     process = start(run, overrides)
-    while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
-        time.sleep(0.01)
+    while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+        time.sleep(0.005)
     deadline = time.monotonic() + moment
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -81,7 +82,17 @@ def differences(a: Path, b: Path) -> list[str]:
     ):
         found += [k for k in left.keys() | right.keys() if k not in left or k not in right]
         found += [k for k in left.keys() & right.keys() if not torch.equal(left[k], right[k])]
+    for left, right in zip(*(records(run) for run in (a, b)), strict=False):
+        found += [f"metrics.csv {k} at {left['images_seen']}" for k in left if left[k] != right[k]]
+    if len(records(a)) != len(records(b)):
+        found.append("metrics.csv has another number of rows")
     return sorted(found)
+
+
+def records(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the clock."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in csv.DictReader(file)]
 
 
 def main() -> None:
@@ -105,7 +116,7 @@ def main() -> None:
             if not kill_at(killed, overrides, moment):
                 break
             kills += 1
-            print(f"killed {moment:.2f} s after a checkpoint", flush=True)
+            print(f"killed {moment:.2f} s after a record", flush=True)
         finish(start(killed, overrides))
         differing = differences(undisturbed, killed)
     print(f"{kills} kills, {arguments.workers} workers: {len(differing)} tensors differ")

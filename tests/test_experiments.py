@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fluxflow_train.cli import config_folder
 from fluxflow_train.models.activations import ARM_NAMES
+from fluxflow_train.models.activations import arm as build_arm
 from fluxflow_train.run import build_trainer, match_widths
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
@@ -37,6 +38,10 @@ def take_step(task: Any, config: DictConfig) -> None:
     trainer.fit(task, datamodule=instantiate(config.data.module))
 
 
+def num_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -46,6 +51,7 @@ def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_experiment_and_arm_take_a_step(config: Config, experiment: str, arm: str) -> None:
     cfg = config(f"+experiment={experiment}", f"activation={arm}", "match=none")
     task = build_task(cfg)
+    assert any(type(m) is type(build_arm(arm, 8)) for m in task.vae.encoder.modules())
     before = snapshot(task.vae)
     take_step(task, cfg)
     after = snapshot(task.vae)
@@ -60,11 +66,23 @@ def test_experiment_and_arm_take_a_step(config: Config, experiment: str, arm: st
 @pytest.mark.parametrize("arm", [name for name in ARM_NAMES if name != "bezier"])
 def test_arms_are_matched_at_the_default_scale(config: Config, arm: str) -> None:
     cfg = config("+experiment=vae_bezier", f"activation={arm}", small=False)
-    rows = {row.quantity: row.residual for row in match_widths(cfg) or []}
-    assert abs(rows["parameters, total"]) < 0.01
-    matched = sum(p.numel() for p in build_task(cfg).vae.parameters())
-    reference = build_task(config("+experiment=vae_bezier", small=False))
-    assert abs(matched / sum(p.numel() for p in reference.vae.parameters()) - 1) < 0.01
+    assert match_widths(cfg) is not None
+    vae = build_task(cfg).vae
+    reference = build_task(config("+experiment=vae_bezier", small=False)).vae
+    for ours, theirs in ((vae.encoder, reference.encoder), (vae.decoder, reference.decoder)):
+        assert abs(num_parameters(ours) / num_parameters(theirs) - 1) < 0.01
+
+
+@pytest.mark.parametrize("scale", ["small", "base"])
+def test_relu_is_matched_at_the_other_scales(config: Config, scale: str) -> None:
+    matched = match_widths(config("+experiment=vae_relu", f"scale={scale}", small=False))
+    assert matched is not None
+    assert abs(num_parameters(matched[1]) / num_parameters(matched[0]) - 1) < 0.01
+
+
+def test_changing_one_component_leaves_the_other(config: Config) -> None:
+    cfg = config("+experiment=vae_bezier", "activation.encoder=silu")
+    assert (cfg.activation.encoder, cfg.activation.decoder) == ("silu", "bezier")
 
 
 def test_published_sizes(config: Config) -> None:

@@ -104,6 +104,15 @@ def test_moved_run_falls_back_from_a_truncated_checkpoint(finished: Path, tmp_pa
     assert output.splitlines()[-1].startswith("error: no checkpoint in")
 
 
+def test_wandb_works_offline(tmp_path: Path, options: tuple[str, ...], command: Command) -> None:
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    more = ("logger=wandb", "logger.wandb.offline=true", "budget.images=8", "evaluate.split=null")
+    assert command("fluxflow_train", *options, *more, f"run={run}").code == 0
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert (run / "metrics.csv").exists()
+
+
 def test_evaluate_measures_again(finished: Path, command: Command) -> None:
     (finished / "report.json").unlink()
     assert command("fluxflow_train.evaluate", f"run={finished}", "split=tune").code == 0

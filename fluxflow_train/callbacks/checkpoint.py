@@ -25,16 +25,24 @@ class Checkpoint(L.Callback):
         self.saved_at = 0
         self.best = float("-inf")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        seen: int = pl_module.images_seen
-        if seen // self.every_images > self.saved_at // self.every_images:
-            self.save(trainer, seen)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Where a validation follows, the checkpoint waits for it: a resumed run doesn't repeat it.
+        between: Any = trainer.val_check_batch
+        if self.is_due(pl_module) and (batch_idx + 1) % between:
+            self.save(trainer, pl_module.images_seen)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         value = pl_module.latest.get(self.monitor)
-        if not trainer.sanity_checking and value is not None and value > self.best:
+        if trainer.sanity_checking or value is None:
+            return
+        if value > self.best:
             self.best = value
             self.write(trainer, self.folder / BEST)
+        if self.is_due(pl_module):
+            self.save(trainer, pl_module.images_seen)
+
+    def is_due(self, pl_module: Any) -> bool:
+        return pl_module.images_seen // self.every_images > self.saved_at // self.every_images
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         seen: int = pl_module.images_seen

@@ -106,9 +106,13 @@ class ImageData(LightningDataModule):
         return self.eval_dataloader("tune")
 
     def eval_dataloader(self, split: Split) -> EvalLoader:
-        """Every sample of `split` once over all processes, decoded exactly, not flipped, with its first caption."""
+        """Every sample of `split` once over all processes, decoded exactly, not flipped, with its first caption.
+
+        A damaged image is an error, except in the training split: there the next whole one stands in, as in training.
+        """
         reader = BatchReader(self.selection(split), self.resolution, "exact", PlainView(), self._cache_bytes)
-        return EvalLoader(reader, self.batch_size, *_rank_and_world(), self.num_workers)
+        tolerant = split == "train"
+        return EvalLoader(reader, self.batch_size, *_rank_and_world(), self.num_workers, tolerant)
 
     def images(self, split: Split, samples: Sequence[int]) -> Tensor:
         """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""

@@ -108,8 +108,12 @@ class TrainLoader:
 class EvalLoader:
     """Each sample of a split once over all processes: rank, rank + world, ...; may be iterated any number of times."""
 
-    def __init__(self, reader: BatchReader, batch_size: int, rank: int, world: int, num_workers: int) -> None:
+    def __init__(
+        self, reader: BatchReader, batch_size: int, rank: int, world: int, num_workers: int, tolerant: bool = False
+    ) -> None:
+        """`tolerant`: the next whole image stands in for a damaged one, instead of an error."""
         self._reader = reader
+        self._tolerant = tolerant
         self._batches = eval_batches(len(reader.selection), batch_size, rank, world)
         self._loader = _torch_loader(reader, self._batches, num_workers, persistent=True)
 
@@ -126,10 +130,10 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises UserError at a damaged image: leaving it out would change what the figures are figures of."""
+        """Raises UserError at a damaged image, unless `tolerant`: without it the figures are figures of other data."""
         for fetched in self._loader:
             batch = checked(fetched)
-            for sample, cause in fetched.damaged.items():
+            for sample, cause in () if self._tolerant else fetched.damaged.items():
                 name = self._reader.selection.name(sample)
                 raise UserError(f"{name}: {cause}; take it out of the shard, since evaluation skips nothing")
             yield batch

@@ -115,4 +115,4 @@ def save_first_possible(paths: list[Path], table: ShardTable) -> None:
             reasons.append(f"{path}: {error.strerror}")
         else:
             return
-    raise UserError(f"can't write the index ({'; '.join(reasons)}): set data.cache_dir to a folder with space")
+    raise UserError(f"can't write the index ({'; '.join(reasons)}): set data.root to a folder with space")

@@ -74,25 +74,27 @@ class Encoder(nn.Module):
             channels = width
         self.stages = nn.Sequential(*stages)
 
-        def head(curve: nn.Module) -> nn.Sequential:
+        def head() -> nn.Sequential:
             inner = [Activated(channels, channels, function, point, norm_groups) for _ in range(head_depth)]
-            return nn.Sequential(*inner, group_norm(channels, norm_groups), point(channels, latent_channels), curve)
+            return nn.Sequential(*inner, group_norm(channels, norm_groups), point(channels, latent_channels))
 
-        self.mu = head(latent_head(heads, latent_channels, (-4, -4 / 3, 4 / 3, 4)))
-        self.logvar = head(latent_head(heads, latent_channels, (-8, -16 / 3, -8 / 3, 0)))
+        self.mu, self.logvar = head(), head()
+        self.mu_curve = latent_curve(heads, latent_channels, (-4, -4 / 3, 4 / 3, 4))
+        self.logvar_curve = latent_curve(heads, latent_channels, (-8, -16 / 3, -8 / 3, 0))
         unit_variance_(self)
         # Both kinds of head start at logvar = -4 whatever the image: sigma 0.135 drowns nothing.
-        last = self.logvar[-2]
+        last = self.logvar[-1]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.constant_(last.bias, 0.0 if heads == "bezier" else INITIAL_LOGVAR)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) in [-1, 1] to fp32 mu, logvar (B, D, h, w)."""
         y = self.stages(add_coordinates(x))
-        return self.mu(y).float(), self.logvar(y).float().clamp(*LOGVAR_RANGE)
+        mu, logvar = self.mu_curve(self.mu(y).float()), self.logvar_curve(self.logvar(y).float())
+        return mu, logvar.clamp(*LOGVAR_RANGE)
 
 
-def latent_head(heads: str, channels: int, points: tuple[float, float, float, float]) -> nn.Module:
+def latent_curve(heads: str, channels: int, points: tuple[float, float, float, float]) -> nn.Module:
     """The last function of mu or logvar."""
     if heads == "bezier":
         return TrainableBezier(channels, points)
@@ -210,7 +212,7 @@ class Decoder(nn.Module):
         y = self.stem(z)
         for block in self.blocks:
             y = block(y, context)
-        return self.rgb(self.rgb_conv(self.head(y))).float()
+        return self.rgb(self.rgb_conv(self.head(y)).float())
 
 
 class VAE(nn.Module):
@@ -233,7 +235,7 @@ class VAE(nn.Module):
                 "encoder and decoder widths must have the same length, "
                 f"got {len(encoder.stages) // 2} and {len(decoder.blocks)}"
             )
-        if encoder.mu[-2].out_channels != self.latent_channels:
+        if encoder.mu[-1].out_channels != self.latent_channels:
             raise ValueError("encoder and decoder must have the same latent_channels")
         self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
         self.register_buffer("latent_std", torch.ones(self.latent_channels))

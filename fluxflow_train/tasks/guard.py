@@ -43,22 +43,21 @@ class Guard:
         self._flags.append((found_inf, images_seen, keys))
 
     def read(self) -> list[BadStep]:
-        """The updates left out since the last reading.
-
-        Raises:
-            UserError: more than `max_bad_steps` in the whole run.
-        """
+        """The updates left out since the last reading."""
         if not self._flags:
             return []
         bad = torch.stack([flag for flag, _, _ in self._flags]).bool().tolist()
         steps = [BadStep(seen, keys) for is_bad, (_, seen, keys) in zip(bad, self._flags, strict=True) if is_bad]
         self._flags.clear()
         self.num_bad_steps += len(steps)
-        if self.num_bad_steps > self.max_bad_steps:
+        return steps
+
+    def check(self, steps: list[BadStep]) -> None:
+        """Raises UserError where `steps`, the last reading, made more than `max_bad_steps` in the whole run."""
+        if steps and self.num_bad_steps > self.max_bad_steps:
             last = steps[-1]
             raise UserError(
                 f"{self.num_bad_steps} updates had NaN or Inf (last at {last.images_seen:,} images, samples "
                 f"{', '.join(last.keys[:4])}, ...), more than task.max_bad_steps={self.max_bad_steps}: lower "
                 "task.optimizer.lr, or look at those samples (bad_steps.txt in the run directory)"
             )
-        return steps

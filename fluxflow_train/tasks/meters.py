@@ -14,14 +14,15 @@ class Meters:
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
         """The means since the last reading; waits for the device once."""
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
+        device = list(self._sums.values())[-1].device  # sums that a checkpoint brought may still be on the CPU
+        sums = torch.stack([total.to(device) for total in self._sums.values()]).tolist()
         means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
         self._sums.clear()
         self._counts.clear()

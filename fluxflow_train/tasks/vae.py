@@ -100,7 +100,8 @@ class VAETask(L.LightningModule):
         self.meters = Meters()
         self.images_seen = self.batches_done = 0
         self.latest: dict[str, float] = {}
-        self.last_record: tuple[int, float] | None = None
+        self.last_record = (0, 0.0)  # images and seconds of training
+        self.seconds_training = self.clock = 0.0
 
     # ---- optimizers ----
 
@@ -130,6 +131,8 @@ class VAETask(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.perceptual is not None:
             self.perceptual.to(self.device)
+        self.clock = time.perf_counter()
+        self.last_record = (self.images_seen, self.seconds_training)
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """The nets whose average is validated and exported."""
@@ -229,19 +232,28 @@ class VAETask(L.LightningModule):
 
     def record_training(self, lr: float) -> None:
         """Send the means since the last record to the loggers, and look for steps that were left out."""
-        bad = self.guard.read()
-        if bad:
-            path = Path(self.trainer.default_root_dir) / "bad_steps.txt"
-            with path.open("a") as file:
-                file.writelines(f"{step.images_seen}\t{' '.join(step.keys)}\n" for step in bad)
-        now = time.perf_counter()
+        self.read_guard()
+        self.count_time()
         values = {f"train/{name}": mean for name, mean in self.meters.read().items()}
         values |= {"train/lr": lr, "train/bad_steps": float(self.guard.num_bad_steps)}
-        if self.last_record is not None:
-            images, clock = self.last_record
-            values["train/images_per_second"] = (self.images_seen - images) / (now - clock)
-        self.last_record = (self.images_seen, now)
+        images, seconds = self.last_record
+        values["train/images_per_second"] = (self.images_seen - images) / (self.seconds_training - seconds)
+        self.last_record = (self.images_seen, self.seconds_training)
         self.record(values)
+
+    def read_guard(self) -> None:
+        """Write down the updates that were left out; too many end the run."""
+        steps = self.guard.read()
+        if steps:
+            with (Path(self.trainer.default_root_dir) / "bad_steps.txt").open("a") as file:
+                file.writelines(f"{step.images_seen}\t{' '.join(step.keys)}\n" for step in steps)
+        self.guard.check(steps)
+
+    def count_time(self) -> None:
+        """Add what has passed since the clock was last looked at; validation looks at it without adding."""
+        now = time.perf_counter()
+        self.seconds_training += now - self.clock
+        self.clock = now
 
     def record(self, values: dict[str, float]) -> None:
         """Send scalars to every logger, against the images seen."""
@@ -252,6 +264,7 @@ class VAETask(L.LightningModule):
     # ---- validation (on averaged weights: the EMA callback swaps them in) ----
 
     def on_validation_epoch_start(self) -> None:
+        self.count_time()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -272,15 +285,18 @@ class VAETask(L.LightningModule):
         sums = self.trainer.strategy.reduce(self.sums.to(self.device), reduce_op="sum")
         psnr, ssim, rate = (sums[:3] / sums[3]).tolist()
         self.record({"val/psnr": psnr, "val/ssim": ssim, "val/rate_nats": rate})
-        if self.last_record is not None:  # validation time is no training time
-            self.last_record = (self.images_seen, time.perf_counter())
+        self.clock = time.perf_counter()
 
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.read_guard()
+        if self.trainer.training:
+            self.count_time()
         checkpoint["task"] = {
             "images_seen": self.images_seen,
             "batches_done": self.batches_done,
+            "seconds_training": self.seconds_training,
             "num_bad_steps": self.guard.num_bad_steps,
             "meters": self.meters.state_dict(),
         }
@@ -288,6 +304,7 @@ class VAETask(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         state = checkpoint["task"]
         self.images_seen, self.batches_done = state["images_seen"], state["batches_done"]
+        self.seconds_training = state["seconds_training"]
         self.guard.num_bad_steps = state["num_bad_steps"]
         self.meters.load_state_dict(state["meters"])
 

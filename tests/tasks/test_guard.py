@@ -34,7 +34,7 @@ def test_too_many_stop_the_run_with_the_samples_named() -> None:
     step(guard, float("nan"), 4)
     step(guard, float("nan"), 8)
     with pytest.raises(UserError, match=r"2 updates had NaN or Inf .* sample8"):
-        guard.read()
+        guard.check(guard.read())
 
 
 def test_norm_is_that_before_clipping() -> None:
