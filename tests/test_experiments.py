@@ -1,6 +1,7 @@
 """Every experiment with every arm composes, is matched in size, and takes a step that moves what it should."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,6 +28,7 @@ def take_step(task: Any, config: DictConfig) -> None:
     """One training step by a real Trainer on the real data."""
     trainer = L.Trainer(
         accelerator="cpu",
+        default_root_dir=Path(config.run).parent,
         max_epochs=1,
         limit_train_batches=1,
         limit_val_batches=0,
