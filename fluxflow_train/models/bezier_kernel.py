@@ -3,7 +3,7 @@
 Every input comes as a contiguous (N, K, M) tensor (see bezier_curve.py), so a few kernels serve all layouts and sizes.
 A kernel is chosen by (device, dtype) and by whether this machine can compile, never by a timing: a resumed run takes
 the same one. CPU: bezier_cpu.cpp (2.5 times as fast as torch.compile's kernel, and compiled in 0.5 s instead of 15).
-CUDA: torch.compile. Everything else, and whatever can't be compiled: the same arithmetic in plain torch.
+CUDA: torch.compile. Every other device and dtype, and a CPU without a compiler: the same arithmetic in plain torch.
 """
 
 import functools

@@ -175,7 +175,7 @@ class Expander(nn.Module):
 
 
 class FluxFlow08VAE(nn.Module):
-    """The published compressor and expander, behind the same interface as our own VAE.
+    """The published compressor and expander; `forward`, `latent_shape`, `stride`, `last_layer` as our own VAE's.
 
     `max_hw` is the side, in latent cells, that the packed tokens measure the grid by.
     """

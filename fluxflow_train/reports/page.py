@@ -41,8 +41,8 @@ def number(value: float | None, unit: str = "") -> str:
         return "–"
     if unit == "dB":
         return f"{value:.2f}"
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
+    for least, size, letter in ((1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e4, 1e3, " k")):
+        if abs(value) >= least:
             return f"{value / size:.3g}{letter}"
     if abs(value) >= 100:
         return f"{value:,.0f}"

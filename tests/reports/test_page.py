@@ -138,3 +138,11 @@ def test_wide_positive_ranges_are_logarithmic() -> None:
 def test_a_single_constant_point_can_be_drawn() -> None:
     series = {"a": {"x": [0.0], "y": [0.0], "low": [0.0], "high": [0.0]}}
     ElementTree.fromstring(line_chart(series, title="a", x_label="images seen", unit=""))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(20000, "", "20 k"), (1364360, "", "1.36 M"), (2456.1, "", "2,456"), (23.637, "dB", "23.64"), (None, "", "–")],
+)
+def test_numbers_are_written_for_people(value: float | None, unit: str, text: str) -> None:
+    assert number(value, unit) == text
