@@ -90,7 +90,7 @@ class TestSidecar:
         (path.parent / "shard.tar.index").mkdir()
         blocked = tmp_path / "file"
         blocked.touch()
-        with pytest.raises(UserError, match=r"can't write the index .*data\.cache_dir"):
+        with pytest.raises(UserError, match=r"can't write the index .*data\.root"):
             open_table(str(path), blocked)
 
     def test_two_processes_at_once(self, make_tar, pairs, cache):

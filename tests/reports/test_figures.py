@@ -63,7 +63,7 @@ def test_examples_are_seeded_distinct_and_the_worst_are_the_worst(report: dict[s
 
 def test_t_of_every_head_is_counted(report: dict[str, Any]) -> None:
     entries = {e["name"]: e for e in report["figures"]["bezier"]}
-    assert set(entries) == {"encoder.mu.3", "encoder.logvar.3", "decoder.rgb"}
+    assert set(entries) == {"encoder.mu_curve", "encoder.logvar_curve", "decoder.rgb"}
     assert sum(entries["decoder.rgb"]["t_histogram"]) == 16 * 3 * 16 * 16
 
 
