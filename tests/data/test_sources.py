@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from fluxflow_train import rng
 from fluxflow_train.data.sources import SPLITS, Source
 from fluxflow_train.data.sources.grouping import group_key, near_pairs, united
 from fluxflow_train.data.sources.openmoji import OpenMoji
-from fluxflow_train.data.sources.shapes import COLOURS, Shapes, draw
+from fluxflow_train.data.sources.shapes import COLOURS, KINDS, Shapes, draw, nouns
 from fluxflow_train.data.sources.shards import Shards, expand_braces
 from fluxflow_train.errors import UserError
 
@@ -93,10 +94,10 @@ class TestShapes:
         assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
 
     def test_the_caption_is_true(self):
-        """Where the colours differ, their centres of mass show the relation; a lone shape shows its colour."""
+        """Where the colours differ, their centres of mass show the relation; a lone shape its colour and place."""
         checked = 0
         for number in range(200):
-            image, caption = draw(rng.generator(0, "test", number), 64)
+            image, caption = draw(rng.generator(0, "test", number), 64, nouns("train"), pair_prob=0.7)
             pixels = np.asarray(image).astype(int)
             named = [word for word in caption.split() if word in COLOURS]
             if len(set(named)) < len(named):
@@ -108,7 +109,29 @@ class TestShapes:
                 relation = next(r for r in ("above", "below", "left of", "right of") if r in caption)
                 assert {"above": y0 < y1, "below": y0 > y1, "left of": x0 < x1, "right of": x0 > x1}[relation], caption
                 checked += 1
+            elif " at the " in caption:
+                y, x = (np.argwhere(close[0]).mean(axis=0) + 0.5) / 64
+                for word, inside in {"top": y < 0.42, "bottom": y > 0.58, "left": x < 0.42, "right": x > 0.58}.items():
+                    assert (word in caption) == inside, caption
         assert checked > 80
+
+    def test_held_out_combinations(self, tmp_path):
+        combinations = {split: set(nouns(split)) for split in SPLITS}
+        assert {split: len(found) for split, found in combinations.items()} == {"train": 32, "tune": 8, "test": 8}
+        assert len(set().union(*combinations.values())) == len(COLOURS) * len(KINDS) == 48
+        assert {colour for colour, _ in combinations["train"]} == set(COLOURS)
+        assert {kind for _, kind in combinations["train"]} == set(KINDS)
+        source = small_shapes(tmp_path)
+        source.prepare()
+        for split in SPLITS:
+            shown = {(c, k) for text in images_and_captions(source, split)[1] for c, k in _mentioned(text)}
+            assert shown <= combinations[split]
+
+
+def _mentioned(caption: str) -> list[tuple[str, str]]:
+    """(colour, kind) pairs of a caption."""
+    words = caption.split()
+    return [(colour, kind) for colour, kind in itertools.pairwise(words) if colour in COLOURS]
 
 
 def _prepare(source: Shapes) -> None:
