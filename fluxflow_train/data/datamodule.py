@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
@@ -14,8 +14,8 @@ from fluxflow_train.data.images import Decode, ImageLimits
 from fluxflow_train.data.index import Index, open_table
 from fluxflow_train.data.loader import EvalLoader, TrainLoader, checked
 from fluxflow_train.data.progress import progress
-from fluxflow_train.data.reader import BatchReader, PlainView, RandomView
-from fluxflow_train.data.sampler import GlobalOrder
+from fluxflow_train.data.reader import BatchReader, ImageReader, PlainView, RandomView, View
+from fluxflow_train.data.sampler import GlobalOrder, eval_batches
 from fluxflow_train.data.selection import MissingCaption, Policy, Selection
 from fluxflow_train.data.sources import SPLITS, Source, Split
 
@@ -69,9 +69,9 @@ class ImageData(LightningDataModule):
         self.decode: Decode = decode
         self.window_shards = window_shards
         self.policy = Policy(ImageLimits(max_pixels, min_side, max_aspect), missing_caption, max_bad_fraction)
-        self._view = RandomView(seed, flip_prob)
+        self.training_view = RandomView(seed, flip_prob)
         self._cache_dir = Path(cache_dir).expanduser()
-        self._cache_bytes = cache_bytes // max(1, num_workers)
+        self.cache_bytes = cache_bytes
         self._selections: dict[Split, Selection] = {}
 
     def prepare_data(self) -> None:
@@ -96,10 +96,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """This process's share of each of the `num_batches` global batches."""
-        selection = self.selection("train")
-        order = GlobalOrder(self.seed, selection.shard_sizes, self.window_shards, self.batch_size)
-        reader = BatchReader(selection, self.resolution, self.decode, self._view, self._cache_bytes)
-        return TrainLoader(reader, order, self.num_batches, *_rank_and_world(), self.num_workers)
+        return self.train_loader(self._reader("train", self.decode, self.training_view, self._worker_bytes))
 
     def val_dataloader(self) -> EvalLoader:
         """The tune split: what choices are made on."""
@@ -110,14 +107,33 @@ class ImageData(LightningDataModule):
 
         A damaged image is an error, except in the training split: there the next whole one stands in, as in training.
         """
-        reader = BatchReader(self.selection(split), self.resolution, "exact", PlainView(), self._cache_bytes)
-        tolerant = split == "train"
-        return EvalLoader(reader, self.batch_size, *_rank_and_world(), self.num_workers, tolerant)
+        return self.eval_loader(split, self._reader(split, "exact", PlainView(), self._worker_bytes))
 
     def images(self, split: Split, samples: Sequence[int]) -> Tensor:
         """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""
-        reader = BatchReader(self.selection(split), self.resolution, "exact", PlainView(), cache_bytes=0)
+        reader = self.plain_reader(split)
         return checked(reader[[(0, sample) for sample in samples]])["image"]
+
+    def plain_reader(self, split: Split) -> ImageReader:
+        """Reads `split` as an evaluation does; keeps nothing in memory."""
+        return self._reader(split, "exact", PlainView(), cache_bytes=0)
+
+    def train_loader(self, reader: BatchReader[Any]) -> TrainLoader:
+        """The training order, over what `reader` makes of each sample of the training split."""
+        order = GlobalOrder(self.seed, self.selection("train").shard_sizes, self.window_shards, self.batch_size)
+        return TrainLoader(reader, order, self.num_batches, *_rank_and_world(), self.num_workers)
+
+    def eval_loader(self, split: Split, reader: BatchReader[Any]) -> EvalLoader:
+        """The evaluation order, over what `reader` makes of each sample of `split`."""
+        batches = eval_batches(self.num_samples(split), self.batch_size, *_rank_and_world())
+        return EvalLoader(reader, batches, self.num_workers, tolerant=split == "train")
+
+    @property
+    def _worker_bytes(self) -> int:
+        return self.cache_bytes // max(1, self.num_workers)
+
+    def _reader(self, split: Split, decode: Decode, view: View, cache_bytes: int) -> ImageReader:
+        return ImageReader(self.selection(split), self.resolution, decode, view, cache_bytes)
 
 
 def _rank_and_world() -> tuple[int, int]:

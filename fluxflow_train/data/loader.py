@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from fluxflow_train.data.reader import BatchReader, Fetched, Request
-from fluxflow_train.data.sampler import GlobalOrder, eval_batches
+from fluxflow_train.data.sampler import GlobalOrder
+from fluxflow_train.data.selection import Selection
 from fluxflow_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ _MEANING = {
     "batch_size": "the global batch size",
     "window_shards": "the shuffling window",
     "fingerprint": "the training data",
+    "vae_sha256": "the VAE of the latents",
+    "text_fingerprint": "the text backbone",
 }
 
 
@@ -35,7 +38,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, reader: BatchReader, order: GlobalOrder, num_batches: int, rank: int, world: int, num_workers: int
+        self, reader: BatchReader[Any], order: GlobalOrder, num_batches: int, rank: int, world: int, num_workers: int
     ) -> None:
         if order.batch_size % world:
             raise UserError(
@@ -72,11 +75,13 @@ class TrainLoader:
         Raises:
             UserError: it was taken with another order of samples; names what differs.
         """
-        for name, value in self._identity().items():
-            if state[name] != value:
+        identity = self._identity()
+        for name, meaning in _MEANING.items():
+            now, then = identity.get(name), state.get(name)  # latents and images don't have the same names
+            if now != then:
                 raise UserError(
-                    f"can't resume: {_MEANING[name]} ({name}) is {value} but was {state[name]} when the checkpoint"
-                    " was written; set it back, or start a new run"
+                    f"can't resume: {meaning} ({name}) is {now} but was {then} when the checkpoint was written;"
+                    " set it back, or start a new run"
                 )
         self._done = state["batches_done"]
 
@@ -85,7 +90,7 @@ class TrainLoader:
             "seed": self._order.seed,
             "batch_size": self._order.batch_size,
             "window_shards": self._order.window_shards,
-            "fingerprint": self._reader.selection.fingerprint,
+            **self._reader.identity,
         }
 
     def _count(self, damaged: dict[int, str]) -> None:
@@ -96,26 +101,26 @@ class TrainLoader:
             self._damaged[sample] = cause
             count = len(self._damaged)
             if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
-                log.warning("%s: %s; the next sample stands in (%d so far)", self._name(sample), cause, count)
-            known = sum(self._reader.selection.damaged.values())
-            causes = self._reader.selection.damaged + Counter(self._damaged.values())
-            self._reader.selection.check_damage(known + count, dict(causes))
-
-    def _name(self, sample: int) -> str:
-        return self._reader.selection.name(sample)
+                name = self._reader.selection.name(sample)
+                log.warning("%s: %s; the next sample stands in (%d so far)", name, cause, count)
+            check_damage(self._reader.selection, self._damaged)
 
 
 class EvalLoader:
-    """Each sample of a split once over all processes: rank, rank + world, ...; may be iterated any number of times."""
+    """The same `batches` of samples each time it is iterated.
+
+    `tolerant`: the next whole image stands in for a damaged one, instead of an error.
+    `damaged` holds the cause by sample of those that were met so far.
+    """
 
     def __init__(
-        self, reader: BatchReader, batch_size: int, rank: int, world: int, num_workers: int, tolerant: bool = False
+        self, reader: BatchReader[Any], batches: list[Request], num_workers: int, tolerant: bool = False
     ) -> None:
-        """`tolerant`: the next whole image stands in for a damaged one, instead of an error."""
+        self.damaged: dict[int, str] = {}
         self._reader = reader
         self._tolerant = tolerant
-        self._batches = eval_batches(len(reader.selection), batch_size, rank, world)
-        self._loader = _torch_loader(reader, self._batches, num_workers, persistent=True)
+        self._batches = batches
+        self._loader = _torch_loader(reader, batches, num_workers, persistent=True)
 
     @property
     def _iterator(self) -> Any:
@@ -133,6 +138,7 @@ class EvalLoader:
         """Raises UserError at a damaged image, unless `tolerant`: without it the figures are figures of other data."""
         for fetched in self._loader:
             batch = checked(fetched)
+            self.damaged.update(fetched.damaged)
             for sample, cause in () if self._tolerant else fetched.damaged.items():
                 name = self._reader.selection.name(sample)
                 raise UserError(f"{name}: {cause}; take it out of the shard, since evaluation skips nothing")
@@ -146,7 +152,7 @@ def _requests(order: GlobalOrder, numbers: range, rank: int, world: int) -> Iter
 
 
 def _torch_loader(
-    reader: BatchReader, requests: Iterable[Request], num_workers: int, persistent: bool
+    reader: BatchReader[Any], requests: Iterable[Request], num_workers: int, persistent: bool
 ) -> DataLoader[Fetched]:
     workers: dict[str, Any] = {}
     if num_workers:
@@ -182,3 +188,9 @@ def checked(fetched: Fetched) -> dict[str, Any]:
     if fetched.error:
         raise UserError(fetched.error)
     return fetched.batch
+
+
+def check_damage(selection: Selection, met: dict[int, str]) -> None:
+    """Raises UserError if the samples of `met` and those that the index knew of are more than the policy allows."""
+    causes = selection.damaged + Counter(met.values())
+    selection.check_damage(sum(causes.values()), dict(causes))

@@ -100,9 +100,8 @@ def save(path: Path, table: ShardTable) -> None:
             file.write(_MAGIC + header + padding + b"\n" + table.columns.tobytes() + table.keys.tobytes())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out the other users of the data
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # there only where an error came
 
 
 def save_first_possible(paths: list[Path], table: ShardTable) -> None:
