@@ -12,6 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fluxflow_train.solvers import Scheduler, flow_scheduler, variance_preserving_scheduler
+
+KARRAS_RHO = 7
+
 
 class Objective(Protocol):
     """What the training and the sampler ask of a schedule."""
@@ -26,6 +30,18 @@ class Objective(Protocol):
 
     def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network predicts from z_t and t; (B, ...)."""
+        ...
+
+    def grid(self, steps: int) -> Tensor:
+        """Times (steps >= 1,) float64, falling, that sampling visits whatever the solver; the last step ends at data."""
+        ...
+
+    def scheduler(self, solver: str, steps: int) -> Scheduler:
+        """A fresh scheduler on `grid(steps)`.
+
+        Raises:
+            UserError: there is no such solver.
+        """
         ...
 
 
@@ -67,6 +83,14 @@ class RectifiedFlow:
     def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - z
 
+    def grid(self, steps: int) -> Tensor:
+        """Even in t, then shifted; it starts a millionth below 1, where log(1 - t), which UniPC takes, is finite."""
+        return self.shifted(torch.linspace(1 - 1e-6, 0, steps + 1, dtype=torch.float64)[:-1])
+
+    def scheduler(self, solver: str, steps: int) -> Scheduler:
+        times = self.grid(steps)
+        return flow_scheduler(solver, times, times)
+
 
 @dataclass(frozen=True)
 class VPrediction:
@@ -107,6 +131,30 @@ class VPrediction:
     def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
         return like(alpha, z) * eps - like(sigma, z) * z
+
+    def grid(self, steps: int) -> Tensor:
+        """From t = 1 to t = 0, even in the seventh root of sigma / alpha.
+
+        With even steps in t the last ones are large in sigma, and neither Heun nor DPM-Solver++ reaches its order.
+        Source: Karras et al. 2022, eq. 5.
+        """
+        log_snr = log_snr_table(self, torch.device("cpu"))
+        first, last = (-log_snr[[-1, 0]] / 2).exp() ** (1 / KARRAS_RHO)
+        ratio = torch.lerp(first, last, torch.linspace(0, 1, steps, dtype=torch.float64)) ** KARRAS_RHO
+        return self.time_of(-2 * ratio.log())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The t at which log(alpha^2 / sigma^2) is `log_snr`: the inverse of `alpha_sigma`."""
+        rising = log_snr_table(self, log_snr.device).flip(0)
+        high = torch.searchsorted(rising, log_snr).clamp(1, self.num_timesteps - 1)
+        low = high - 1
+        place = low + (log_snr - rising[low]) / (rising[high] - rising[low])
+        return (1 - place / (self.num_timesteps - 1)).clamp(0, 1)
+
+    def scheduler(self, solver: str, steps: int) -> Scheduler:
+        times = self.grid(steps)
+        alpha, sigma = self.alpha_sigma(times)
+        return variance_preserving_scheduler(solver, times, sigma / alpha)
 
 
 @cache
