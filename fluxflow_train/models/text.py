@@ -15,7 +15,7 @@ from fluxflow_train.models.activations import arm
 from fluxflow_train.models.layers import unit_variance_
 
 MAX_TOKENS = 512
-TOKENS_AT_ONCE = 256  # in one forward of `Backbone.encode`; twice that is 4 % faster on a CPU, a single prompt slower
+TOKENS_AT_ONCE = 256  # in one forward of `Backbone.encode`: a single prompt fills them too, so not more
 
 
 class TextFeatures(NamedTuple):

@@ -95,7 +95,7 @@ class Checkpoint:
         """
         from transformers import DistilBertConfig, DistilBertModel
 
-        config = DistilBertConfig(**self.fields, dropout=0.0, attention_dropout=0.0, attn_implementation="sdpa")
+        config = DistilBertConfig(**self.fields, dropout=0.0, attention_dropout=0.0)
         with torch.random.fork_rng(devices=[]):  # its random start, soon overwritten, must not shift anyone's draws
             network = DistilBertModel(config)
         if not network.embeddings.word_embeddings.weight.is_meta:
