@@ -260,11 +260,15 @@ class VAE(nn.Module):
         mu, logvar = self.encoder(x)
         return VAEOutput(self.decoder(reparameterise(mu, logvar, eps)), mu, logvar)
 
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, logvar) of the standardised latent of x, each (B, D, h, w)."""
+        mu, logvar = self.encoder(x)
+        std = self.latent_std.view(-1, 1, 1)
+        return (mu - self.latent_mean.view(-1, 1, 1)) / std, logvar - 2 * std.log()
+
     def encode(self, x: Tensor, eps: Tensor) -> Tensor:
         """Standardised latent (B, D, h, w) of x."""
-        mu, logvar = self.encoder(x)
-        z = reparameterise(mu, logvar, eps)
-        return (z - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+        return reparameterise(*self.posterior(x), eps)
 
     def decode(self, z: Tensor) -> Tensor:
         """Image (B, 3, H, W) of a standardised latent."""
