@@ -33,7 +33,7 @@ class Objective(Protocol):
         ...
 
     def grid(self, steps: int) -> Tensor:
-        """Times (steps >= 1,) float64, falling, that sampling visits whatever the solver; the last step ends at data."""
+        """The times (steps >= 1,) that sampling visits whatever the solver, falling; from the last it steps to data."""
         ...
 
     def scheduler(self, solver: str, steps: int) -> Scheduler:
@@ -160,7 +160,8 @@ class VPrediction:
 @cache
 def log_snr_table(objective: VPrediction, device: torch.device) -> Tensor:
     """log(alpha^2 / sigma^2) of each discrete timestep, (num_timesteps,) float64."""
-    root = torch.linspace(objective.beta_start**0.5, objective.beta_end**0.5, objective.num_timesteps).double()
+    ends = objective.beta_start**0.5, objective.beta_end**0.5
+    root = torch.linspace(*ends, objective.num_timesteps, dtype=torch.float64)
     alpha_bar = (1 - root.square()).cumprod(0)
     return (alpha_bar.log() - (1 - alpha_bar).log()).to(device)
 

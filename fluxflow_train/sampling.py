@@ -79,7 +79,7 @@ def guided(cond: Tensor, null: Tensor, guidance: Guidance) -> Tensor:
     prediction = null + guidance.scale * (cond - null)
     if guidance.rescale == 0:
         return prediction
-    ratio = cond.flatten(1).std(1) / prediction.flatten(1).std(1)
+    ratio = cond.flatten(1).std(1) / prediction.flatten(1).std(1).clamp(min=1e-12)  # a new network predicts 0
     ratio = ratio.view(-1, *[1] * (cond.ndim - 1))
     return prediction * (guidance.rescale * ratio + (1 - guidance.rescale))
 
