@@ -19,7 +19,7 @@ from fluxflow_train.models.bezier import BezierActivation, PreActivation, Traina
 from fluxflow_train.models.bezier_curve import widen
 from fluxflow_train.models.layers import SPADE, add_coordinates, group_norm
 from fluxflow_train.models.transposed import ActivatedUpsampling
-from fluxflow_train.models.vae import VAEOutput, reparameterise
+from fluxflow_train.models.vae import LOGVAR_RANGE, VAEOutput, reparameterise
 
 CONTEXT_CHANNELS = 5
 SPADE_HIDDEN = 128
@@ -33,22 +33,6 @@ class Code(NamedTuple):
     context: Tensor
     mu: Tensor
     logvar: Tensor
-
-
-def pack(tokens: Tensor, context: Tensor, max_hw: int) -> Tensor:
-    """(B, L + 1, D + S): [tokens | context] for each position, and a last row that says (h, w) / max_hw."""
-    h, w = tokens.shape[-2:]
-    rows = rearrange(torch.cat([tokens, context], dim=1), "b d h w -> b (h w) d")
-    last = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
-    last[..., 0], last[..., 1] = h / max_hw, w / max_hw
-    return torch.cat([rows, last], dim=1)
-
-
-def unpack(packed: Tensor, max_hw: int) -> tuple[Tensor, Tensor]:
-    """Tokens and context of `pack`; reads the grid from the first sample."""
-    h, w = (round(float(v) * max_hw) for v in packed[0, -1, :2])
-    grid = rearrange(packed[:, :-1], "b (h w) d -> b d h w", h=h, w=w)
-    return grid[:, :-CONTEXT_CHANNELS], grid[:, -CONTEXT_CHANNELS:]
 
 
 def position_encoding(channels: int, h: int, w: int, device: torch.device) -> Tensor:
@@ -175,9 +159,11 @@ class Expander(nn.Module):
 
 
 class FluxFlow08VAE(nn.Module):
-    """The published compressor and expander; `forward`, `latent_shape`, `stride`, `last_layer` as our own VAE's.
+    """The published compressor and expander, with the methods and attributes of our own VAE.
 
-    `max_hw` is the side, in latent cells, that the packed tokens measure the grid by.
+    What the decoder reads, and so the latent of a flow, is the grid [tokens | context] of `vae_dim` + S channels. It is
+    not standardised further: tokens lie in (-1, 1). `max_hw` is kept for the published description alone: the side, in
+    latent cells, of the largest grid that its packed form can tell.
     """
 
     def __init__(
@@ -193,6 +179,7 @@ class FluxFlow08VAE(nn.Module):
         self.vae_dim, self.downscales, self.upscales = vae_dim, downscales, upscales
         self.in_channels, self.attn_layers, self.max_hw = in_channels, attn_layers, max_hw
         self.stride = 2**downscales
+        self.latent_channels = vae_dim + CONTEXT_CHANNELS
         self.compressor = Compressor(vae_dim, downscales, in_channels, attn_layers)
         self.expander = Expander(vae_dim, upscales)
 
@@ -202,16 +189,33 @@ class FluxFlow08VAE(nn.Module):
         return cast(nn.Parameter, self.expander.rgb_conv.weight)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(D, h, w) of an image.
+        """(`latent_channels`, h, w) of an image.
 
         Raises:
             ValueError: the size is not a multiple of the stride.
         """
         if height % self.stride or width % self.stride:
             raise ValueError(f"image size must be a multiple of {self.stride}, got {height} x {width}")
-        return self.vae_dim, height // self.stride, width // self.stride
+        return self.latent_channels, height // self.stride, width // self.stride
+
+    def encode(self, x: Tensor, eps: Tensor) -> Code:
+        """x (B, 3, H, W) in [-1, 1]; eps of `latent_shape`, as of every VAE.
+
+        The context is made from the tokens and has no noise of its own: the last S channels of eps are not read.
+        """
+        return self.compressor(x.contiguous(memory_format=torch.channels_last), eps[:, : self.vae_dim])
 
     def forward(self, x: Tensor, eps: Tensor) -> VAEOutput:
-        """Reconstruct x (B, 3, H, W) in [-1, 1]; eps (B, D, h, w), zeros for the posterior mean."""
-        code = self.compressor(x.contiguous(memory_format=torch.channels_last), eps)
+        """Reconstruct x; arguments as of `encode`, eps zeros for the posterior mean."""
+        code = self.encode(x, eps)
         return VAEOutput(self.expander(code.tokens, code.context), code.mu, code.logvar)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, logvar) of the latent of x, each of `latent_shape`: the grid at eps = 0, taken as certain."""
+        code = self.encode(x, x.new_zeros(len(x), *self.latent_shape(*x.shape[-2:])))
+        mean = torch.cat([code.tokens, code.context], dim=1).float()
+        return mean, torch.full_like(mean, LOGVAR_RANGE[0])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image (B, 3, H, W) of a latent (B, `latent_channels`, h, w)."""
+        return self.expander(*z.split([self.vae_dim, CONTEXT_CHANNELS], dim=1))

@@ -81,18 +81,41 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with 2-D rotary positions over (B, L, D) tokens of an h x w grid."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity):
+        """`qk_norm(D / N)` builds what queries and keys pass before they are turned."""
         super().__init__()
         if width % (4 * num_heads):
             raise ValueError(f"attention width must be a multiple of 4 x num_heads, got {width} with {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = qk_norm(width // num_heads), qk_norm(width // num_heads)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
         angles = rotary_angles(*grid, dim=q.shape[-1], device=x.device)
-        y = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
+        q, k = (rotate(norm(x), angles) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.out(rearrange(y, "b n l d -> b l (n d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of (B, L, D) queries over S context tokens of width E, those where the mask is True."""
+
+    def __init__(self, width: int, num_heads: int, context_width: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"attention width must be a multiple of num_heads, got {width} with {num_heads} heads")
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """context (B, S, E), mask (B, S) bool with at least one True each."""
+        q = rearrange(self.q(x), "b l (n d) -> b n l d", n=self.num_heads)
+        k, v = rearrange(self.kv(context), "b s (two n d) -> two b n s d", two=2, n=self.num_heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         return self.out(rearrange(y, "b n l d -> b l (n d)"))
 
 

@@ -202,7 +202,7 @@ def distilbert(path: str) -> Checkpoint:
 def from_hub(name: str) -> Path:
     """The folder in the hub's cache that holds model `name`; downloaded first where it is not there yet."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     files = [CONFIG, WEIGHTS, TOKENIZER]
     try:
@@ -213,7 +213,7 @@ def from_hub(name: str) -> Path:
         pass
     try:
         return Path(snapshot_download(name, allow_patterns=files))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:  # HTTPError: a proxy's too
         raise UserError(
             f"{name} is neither a folder nor a model that can be fetched from the hub ({type(error).__name__}):"
             " on a machine without network give a local folder, or take model/text=minilm"

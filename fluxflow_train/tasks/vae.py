@@ -3,15 +3,11 @@
 Legend: B batch, H W pixels, D latent channels, h w latent grid.
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,10 +15,7 @@ from fluxflow_train import losses, rng, schedule
 from fluxflow_train.metrics import reconstruction as metrics
 from fluxflow_train.models.vae import VAEOutput
 from fluxflow_train.pixels import dequantize, quantize
-from fluxflow_train.tasks.guard import Guard
-from fluxflow_train.tasks.meters import Meters
-
-OptimizerFactory = Callable[..., Optimizer]
+from fluxflow_train.tasks.budget import BudgetTask, OptimizerFactory, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -47,10 +40,10 @@ class Adversary:
             raise ValueError(f"disc_start must be at most gan_start, got {self.disc_start} and {self.gan_start}")
 
 
-class VAETask(L.LightningModule):
+class VAETask(BudgetTask):
     """Reconstruction + KL (+ perceptual) (+ GAN): one shared reconstruction, the VAE's update first, then D's.
 
-    `images_seen` is the clock: learning rate, KL warm-up and GAN starts are functions of it and of `budget_images`.
+    Learning rate, KL warm-up and GAN starts are functions of `images_seen` and `budget_images`.
     """
 
     def __init__(
@@ -76,13 +69,11 @@ class VAETask(L.LightningModule):
         Args:
             optimizer: builds a fused optimizer from parameter groups (its step takes a found-inf flag).
             reconstruction: (x_hat, x) -> scalar.
-            kl_warmup, lr_warmup: fractions of the budget; lr_final: last learning rate as a fraction of the first.
+            kl_warmup: fraction of the budget.
             free_bits: nats per latent element below which a channel's KL costs nothing.
-            log_every: images between records. max_bad_steps: steps with NaN or Inf that training survives.
             perceptual: frozen, (x_hat, x) -> scalar; not in checkpoints.
         """
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(budget_images, seed, lr_warmup, lr_final, clip_norm, log_every, max_bad_steps)
         self.vae: Any = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.adversary = adversary
         self.discriminator = adversary and adversary.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,17 +82,8 @@ class VAETask(L.LightningModule):
         object.__setattr__(self, "perceptual", perceptual)
         self.perceptual_weight = perceptual_weight
         self.optimizer = optimizer
-        self.budget_images, self.seed = budget_images, seed
         self.reconstruction = reconstruction
         self.kl_weight, self.kl_warmup, self.free_bits = kl_weight, kl_warmup, free_bits
-        self.lr_warmup, self.lr_final = lr_warmup, lr_final
-        self.clip_norm, self.log_every = clip_norm, log_every
-        self.guard = Guard(max_bad_steps)
-        self.meters = Meters()
-        self.images_seen = self.batches_done = 0
-        self.latest: dict[str, float] = {}
-        self.last_record = (0, 0.0)  # images and seconds of training
-        self.seconds_training = self.clock = 0.0
 
     # ---- optimizers ----
 
@@ -109,30 +91,12 @@ class VAETask(L.LightningModule):
         factories = [(self.vae, self.optimizer)]
         if self.adversary is not None:
             factories.append((self.adversary.discriminator, self.adversary.optimizer))
-        optimizers = [build(parameter_groups(net)) for net, build in factories]
-        for optimizer in optimizers:
-            if not getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise ValueError(
-                    f"{type(optimizer).__name__} must be fused, so that a step with NaN can be left out on the device: "
-                    "set optimizer.fused=true"
-                )
-            for group in optimizer.param_groups:
-                group["base_lr"] = group["lr"]
-        return optimizers
-
-    def set_learning_rate(self, optimizers: Iterable[LightningOptimizer], num_images: int) -> None:
-        factor = schedule.warmup_cosine(
-            self.images_seen + num_images, self.budget_images, self.lr_warmup, self.lr_final
-        )
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+        return [build_optimizer(net, build) for net, build in factories]
 
     def on_fit_start(self) -> None:
         if self.perceptual is not None:
             self.perceptual.to(self.device)
-        self.clock = time.perf_counter()
-        self.last_record = (self.images_seen, self.seconds_training)
+        super().on_fit_start()
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """The nets whose average is validated and exported."""
@@ -162,16 +126,7 @@ class VAETask(L.LightningModule):
             loss_disc = self.discriminator_loss(x, logits_fake, logs)
             self.update(optimizers[1], self.adversary.discriminator, loss_disc, batch, logs, suffix="_disc")
 
-        before, self.images_seen = self.images_seen, self.images_seen + num_images
-        self.batches_done += 1
-        self.meters.add(logs)
-        if before // self.log_every != self.images_seen // self.log_every or self.images_seen >= self.budget_images:
-            self.record_training(optimizers[0].param_groups[0]["lr"])
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the budget seen before this batch."""
-        return self.images_seen / self.budget_images
+        self.count_batch(num_images, optimizers[0].param_groups[0]["lr"], logs)
 
     def noise(self, batch: dict, x: Tensor, purpose: str) -> Tensor:
         """The samples' own eps, (B, D, h, w): the same on any number of ranks and workers."""
@@ -219,52 +174,10 @@ class VAETask(L.LightningModule):
             logs["loss_r1"] = r1.detach()
         return loss
 
-    def update(
-        self, optimizer: LightningOptimizer, net: nn.Module, loss: Tensor, batch: dict, logs: dict, suffix: str = ""
-    ) -> None:
-        """One guarded optimizer step of `net`."""
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        norm, found_inf = self.guard.step(net, optimizer.optimizer, loss, self.clip_norm)
-        optimizer.step()
-        self.guard.remember(found_inf, self.images_seen, batch["key"])
-        logs[f"grad_norm{suffix}"] = norm.detach()
-
-    def record_training(self, lr: float) -> None:
-        """Send the means since the last record to the loggers, and look for steps that were left out."""
-        self.read_guard()
-        self.count_time()
-        values = {f"train/{name}": mean for name, mean in self.meters.read().items()}
-        values |= {"train/lr": lr, "train/bad_steps": float(self.guard.num_bad_steps)}
-        images, seconds = self.last_record
-        values["train/images_per_second"] = (self.images_seen - images) / (self.seconds_training - seconds)
-        self.last_record = (self.images_seen, self.seconds_training)
-        self.record(values)
-
-    def read_guard(self) -> None:
-        """Write down the updates that were left out; too many end the run."""
-        steps = self.guard.read()
-        if steps:
-            with (Path(self.trainer.default_root_dir) / "bad_steps.txt").open("a") as file:
-                file.writelines(f"{step.images_seen}\t{' '.join(step.keys)}\n" for step in steps)
-        self.guard.check(steps)
-
-    def count_time(self) -> None:
-        """Add what has passed since the clock was last looked at; validation looks at it without adding."""
-        now = time.perf_counter()
-        self.seconds_training += now - self.clock
-        self.clock = now
-
-    def record(self, values: dict[str, float]) -> None:
-        """Send scalars to every logger, against the images seen."""
-        self.latest |= values
-        for logger in self.loggers:
-            logger.log_metrics({"images_seen": float(self.images_seen), **values}, step=self.images_seen)
-
     # ---- validation (on averaged weights: the EMA callback swaps them in) ----
 
     def on_validation_epoch_start(self) -> None:
-        self.count_time()
+        super().on_validation_epoch_start()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -285,37 +198,4 @@ class VAETask(L.LightningModule):
         sums = self.trainer.strategy.reduce(self.sums.to(self.device), reduce_op="sum")
         psnr, ssim, rate = (sums[:3] / sums[3]).tolist()
         self.record({"val/psnr": psnr, "val/ssim": ssim, "val/rate_nats": rate})
-        self.clock = time.perf_counter()
-
-    # ---- checkpoints ----
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.read_guard()
-        if self.trainer.training:
-            self.count_time()
-        checkpoint["task"] = {
-            "images_seen": self.images_seen,
-            "batches_done": self.batches_done,
-            "seconds_training": self.seconds_training,
-            "num_bad_steps": self.guard.num_bad_steps,
-            "meters": self.meters.state_dict(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        state = checkpoint["task"]
-        self.images_seen, self.batches_done = state["images_seen"], state["batches_done"]
-        self.seconds_training = state["seconds_training"]
-        self.guard.num_bad_steps = state["num_bad_steps"]
-        self.meters.load_state_dict(state["meters"])
-
-
-def parameter_groups(net: nn.Module) -> list[dict]:
-    """Weight decay on matrices and kernels only: a norm, a bias or a curve's points have no reason to be small."""
-    decayed = {
-        id(layer.weight) for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-    }
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in decayed]},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
+        super().on_validation_epoch_end()
