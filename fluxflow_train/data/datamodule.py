@@ -111,12 +111,8 @@ class ImageData(LightningDataModule):
 
     def images(self, split: Split, samples: Sequence[int]) -> Tensor:
         """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""
-        reader = self.plain_reader(split)
+        reader = self._reader(split, "exact", PlainView(), cache_bytes=0)
         return checked(reader[[(0, sample) for sample in samples]])["image"]
-
-    def plain_reader(self, split: Split) -> ImageReader:
-        """Reads `split` as an evaluation does; keeps nothing in memory."""
-        return self._reader(split, "exact", PlainView(), cache_bytes=0)
 
     def train_loader(self, reader: BatchReader[Any]) -> TrainLoader:
         """The training order, over what `reader` makes of each sample of the training split."""

@@ -1,0 +1,214 @@
+"""The data of a flow's run: the images' samples in the images' order, as latents and hidden states of their captions.
+
+B batch, D latent channels, h w latent grid, S text tokens, W width of the text backbone.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluxflow_train.data.datamodule import ImageData
+from fluxflow_train.data.images import BadImage
+from fluxflow_train.data.latent_cache import Latent, LatentCache, latent_folder
+from fluxflow_train.data.latent_writer import Posterior, write_latents
+from fluxflow_train.data.loader import EvalLoader, TrainLoader
+from fluxflow_train.data.lock import alone
+from fluxflow_train.data.reader import NO_CAPTION, BatchReader, PlainView, View
+from fluxflow_train.data.selection import Selection
+from fluxflow_train.data.sources import SPLITS, Source, Split
+from fluxflow_train.data.text_cache import TextCache
+from fluxflow_train.errors import UserError
+from fluxflow_train.models.text import Backbone
+
+TOKENS_MULTIPLE = 8  # S is rounded up to it, so that few shapes occur
+
+
+class LatentReader(BatchReader[Latent]):
+    """Batches with `latent_mean` and `latent_logvar` float32 (B, D, h, w) in place of the image.
+
+    With a text cache also `text_hidden` float32 (B, S, W), zero where not valid, and `text_mask` bool (B, S).
+    """
+
+    def __init__(self, selection: Selection, view: View, latents: LatentCache, text: TextCache | None) -> None:
+        super().__init__(selection, view)
+        self.latents = latents
+        self.text = text
+
+    @property
+    def identity(self) -> dict[str, str]:
+        text = {} if self.text is None else {"text_fingerprint": self.text.fingerprint}
+        return {**super().identity, "vae_sha256": self.latents.vae_sha256, **text}
+
+    def content(self, sample: int, flipped: bool) -> Latent:
+        if sample in self.latents.damaged:
+            raise BadImage(self.latents.damaged[sample])
+        return self.latents.read(sample, flipped)
+
+    def collate(self, contents: list[Latent], captions: list[str]) -> dict[str, Tensor]:
+        means, logvars = zip(*contents, strict=True)
+        tensors = {"latent_mean": torch.stack(means), "latent_logvar": torch.stack(logvars)}
+        if self.text is not None:
+            hidden, mask = self.text.lookup(captions)
+            missing = -mask.shape[1] % TOKENS_MULTIPLE
+            tensors["text_hidden"] = F.pad(hidden, (0, 0, 0, missing))
+            tensors["text_mask"] = F.pad(mask, (0, missing))
+        return tensors
+
+
+class LatentData(LightningDataModule):
+    """`images` as latents of `vae`, with the hidden states of `backbone`; both frozen, each computed once, in `root`.
+
+    Samples, their order, flips and captions are those of `images`, so training on latents is training on images.
+    Only `data.decode` does not show: latents are of exactly decoded images.
+
+    A backbone that is itself trained has no hidden states to keep: pass `backbone=None`, and batches come without
+    `text_hidden` and `text_mask`; the captions are in them as always.
+    """
+
+    def __init__(
+        self,
+        images: ImageData,
+        vae: nn.Module,
+        vae_sha256: str,
+        backbone: Backbone | None,
+        root: str,
+        device: str,
+    ) -> None:
+        """`vae_sha256` is of the weights of `vae`; `device` is where `prepare_data` runs the two networks."""
+        super().__init__()
+        if backbone is not None and not backbone.frozen:
+            raise ValueError("backbone: got one that is trained, expected a frozen one, or None")
+        self.image_data = images
+        self.vae = vae
+        self.vae_sha256 = vae_sha256
+        self.backbone = backbone
+        self.device = device
+        self._root = Path(root).expanduser()
+        self._latents: dict[Split, LatentCache] = {}
+        self._text: TextCache | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.image_data.batch_size
+
+    @property
+    def num_batches(self) -> int:
+        return self.image_data.num_batches
+
+    @property
+    def seed(self) -> int:
+        return self.image_data.seed
+
+    @property
+    def resolution(self) -> int:
+        return self.image_data.resolution
+
+    @property
+    def source(self) -> Source:
+        return self.image_data.source
+
+    def prepare_data(self) -> None:
+        """Write the images' shards and indices, the latents and the hidden states, where missing.
+
+        Lightning runs it on one process of each node; the others open what it left.
+        """
+        self.image_data.prepare_data()
+        with _placed(self.vae, self.device):
+            for split in SPLITS:
+                write_latents(
+                    self._latent_folder(split),
+                    self.image_data.selection(split),
+                    self.resolution,
+                    cast(Posterior, self.vae.posterior),
+                    vae_sha256=self.vae_sha256,
+                    device=self.device,
+                    num_workers=self.image_data.num_workers,
+                    tolerant=split == "train",
+                )
+        if self.backbone is not None:
+            self._prepare_text(self.backbone)
+
+    def latents(self, split: Split) -> LatentCache:
+        """The latents of `split`; opened once. Raises UserError before `prepare_data`."""
+        if split not in self._latents:
+            self._latents[split] = LatentCache.open(
+                self._latent_folder(split),
+                vae_sha256=self.vae_sha256,
+                fingerprint=self.image_data.selection(split).fingerprint,
+                resolution=self.resolution,
+                cache_bytes=self.image_data.cache_bytes,
+            )
+        return self._latents[split]
+
+    def text(self) -> TextCache | None:
+        """The hidden states of all captions; opened once. Raises UserError before `prepare_data`."""
+        if self._text is None and self.backbone is not None:
+            self._text = TextCache.open(self._text_folder(self.backbone))
+            self._text.check(self.backbone.fingerprint)
+        return self._text
+
+    def train_dataloader(self) -> TrainLoader:
+        """This process's share of each of the `num_batches` global batches."""
+        return self.image_data.train_loader(self._reader("train", self.image_data.training_view))
+
+    def val_dataloader(self) -> EvalLoader:
+        """The tune split: what choices are made on."""
+        return self.eval_dataloader("tune")
+
+    def eval_dataloader(self, split: Split) -> EvalLoader:
+        """Every sample of `split` once over all processes, not flipped, with its first caption."""
+        return self.image_data.eval_loader(split, self._reader(split, PlainView()))
+
+    def num_samples(self, split: Split) -> int:
+        """Samples of `split` over all processes: what an evaluation's gathered count must equal."""
+        return self.image_data.num_samples(split)
+
+    def images(self, split: Split, samples: Sequence[int]) -> Tensor:
+        """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""
+        return self.image_data.images(split, samples)
+
+    def _reader(self, split: Split, view: View) -> LatentReader:
+        return LatentReader(self.image_data.selection(split), view, self.latents(split), self.text())
+
+    def _latent_folder(self, split: Split) -> Path:
+        fingerprints = [self.image_data.selection(each).fingerprint for each in SPLITS]
+        return latent_folder(self._root, self.vae_sha256, self.resolution, fingerprints) / split
+
+    def _text_folder(self, backbone: Backbone) -> Path:
+        return self._root / f"text-{backbone.fingerprint[:16]}"
+
+    def _prepare_text(self, backbone: Backbone) -> None:
+        folder = self._text_folder(backbone)
+        captions = [caption for split in SPLITS for caption in _captions(self.image_data.selection(split))]
+        if not TextCache.create(folder, backbone.fingerprint).missing(captions):
+            return
+        try:
+            with alone(folder), _placed(backbone, self.device), torch.no_grad():
+                TextCache.create(folder, backbone.fingerprint).extend(captions, backbone.encode)
+        except OSError as error:
+            raise UserError(f"can't write the text cache to {folder}: {error}; choose another data root") from error
+        self._text = None  # what was open doesn't know of the new ones
+
+
+def _captions(selection: Selection) -> Iterator[str]:
+    """All captions of the samples, and the empty one where a sample has none."""
+    for sample in range(len(selection)):
+        yield from selection.index.captions(selection.row(sample)) or [NO_CAPTION]
+
+
+@contextmanager
+def _placed(module: nn.Module, device: str) -> Iterator[None]:
+    """`module` on `device`, in evaluation mode; then back where it was."""
+    before = next(chain(module.parameters(), module.buffers())).device
+    module.to(device).eval()
+    try:
+        yield
+    finally:
+        module.to(before)
