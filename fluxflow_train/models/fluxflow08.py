@@ -198,22 +198,22 @@ class FluxFlow08VAE(nn.Module):
             raise ValueError(f"image size must be a multiple of {self.stride}, got {height} x {width}")
         return self.latent_channels, height // self.stride, width // self.stride
 
-    def encode(self, x: Tensor, eps: Tensor) -> Code:
-        """x (B, 3, H, W) in [-1, 1]; eps of `latent_shape`, as of every VAE.
+    def compress(self, x: Tensor, eps: Tensor) -> Code:
+        """x (B, 3, H, W) in [-1, 1]; eps of `latent_shape`, as for every VAE, zeros for the posterior mean.
 
         The context is made from the tokens and has no noise of its own: the last S channels of eps are not read.
         """
         return self.compressor(x.contiguous(memory_format=torch.channels_last), eps[:, : self.vae_dim])
 
     def forward(self, x: Tensor, eps: Tensor) -> VAEOutput:
-        """Reconstruct x; arguments as of `encode`, eps zeros for the posterior mean."""
-        code = self.encode(x, eps)
+        """Reconstruct x; the arguments of `compress`."""
+        code = self.compress(x, eps)
         return VAEOutput(self.expander(code.tokens, code.context), code.mu, code.logvar)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of the latent of x, each of `latent_shape`: the grid at eps = 0, taken as certain."""
-        code = self.encode(x, x.new_zeros(len(x), *self.latent_shape(*x.shape[-2:])))
-        mean = torch.cat([code.tokens, code.context], dim=1).float()
+        code = self.compress(x, x.new_zeros(len(x), *self.latent_shape(*x.shape[-2:])))
+        mean = widen(torch.cat([code.tokens, code.context], dim=1))
         return mean, torch.full_like(mean, LOGVAR_RANGE[0])
 
     def decode(self, z: Tensor) -> Tensor:

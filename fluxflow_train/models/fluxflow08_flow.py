@@ -129,8 +129,8 @@ class PillarBlock(nn.Module):
         x = x + self.text_attention(self.norm2(text))[:, None]
         gamma, beta = rearrange(self.film(cond), "b (k two d) -> two k b 1 d", k=NUM_PILLARS, two=2)
         gated = torch.addcmul(beta, torch.sigmoid(x), 1 + gamma)
-        points = self.pillars(gated if points is None else gated * points)
-        points = points + self.pillar_text_attention(text)[:, None]
+        raw = self.pillars(gated if points is None else gated * points)
+        points = raw + self.pillar_text_attention(text)[:, None]
         t = x + self.feed_forward(self.norm3(x))
         # Interleaved over the concatenation: most outputs see t or one pillar alone. So the weights were trained.
         y = bezier(

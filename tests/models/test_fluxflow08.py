@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxflow_train.interop import keys08
-from fluxflow_train.models.fluxflow08 import FluxFlow08VAE, pack, position_encoding, unpack
+from fluxflow_train.models.fluxflow08 import FluxFlow08VAE, position_encoding
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -21,6 +21,13 @@ def peers(width: int, downscales: int) -> tuple[Any, Any]:
         for parameter in [*compressor.parameters(), *expander.parameters()]:
             parameter += 0.005 * torch.randn_like(parameter)
     return compressor, expander
+
+
+def packed_rows(z: Tensor) -> Tensor:
+    """The package's form (B, L + 1, D) of a latent (B, D, h, w): one row per position, and one for the grid."""
+    last = z.new_zeros(len(z), 1, z.shape[1])
+    last[..., 0], last[..., 1] = z.shape[-2] / 1024, z.shape[-1] / 1024
+    return torch.cat([z.flatten(2).mT, last], dim=1)
 
 
 def published(compressor: Any, expander: Any) -> dict[str, Tensor]:
@@ -43,13 +50,18 @@ def test_same_numbers_as_the_package(width: int, downscales: int) -> None:
                 torch.manual_seed(5)
                 packed, mu, logvar = compressor(x, training=True)
                 torch.manual_seed(5)  # the package draws its noise from the global generator
-                eps = torch.randn(2, *vae.latent_shape(*size), dtype=dtype)
-                code = vae.compressor(x, eps)
+                eps = torch.randn(2, width, height, width_px, dtype=dtype)
+                eps = torch.cat([eps, torch.full_like(eps[:, :5], torch.nan)], dim=1)  # not read
+                code = vae.compress(x, eps)
+                grid = torch.cat([code.tokens, code.context], dim=1)
                 pairs = {
                     "mu": (code.mu, mu),
                     "logvar": (code.logvar, logvar),
-                    "packed": (pack(code.tokens, code.context, vae.max_hw), packed),
-                    "image of its tokens": (vae.expander(*unpack(packed, vae.max_hw)), expander(packed)),
+                    "packed": (packed_rows(grid), packed),
+                    "image of its latent": (
+                        vae.decode(packed[:, :-1].mT.unflatten(2, grid.shape[2:])),
+                        expander(packed),
+                    ),
                     "image": (vae(x, eps).x_hat, expander(packed)),
                 }
             errors = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items()}
@@ -91,24 +103,27 @@ def test_position_encoding() -> None:
                 torch.testing.assert_close(table[half + 2 * i : half + 2 * i + 2, y, x], torch.cat(expected))
 
 
-def test_pack_says_the_grid() -> None:
-    tokens, context = torch.randn(2, 16, 3, 7), torch.randn(2, 5, 3, 7)
-    packed = pack(tokens, context, 1024)
-    assert packed.shape == (2, 22, 21)
-    assert torch.equal(packed[:, -1, :2], torch.tensor([3 / 1024, 7 / 1024]).expand(2, 2))
-    for a, b in zip(unpack(packed, 1024), (tokens, context), strict=True):
-        assert torch.equal(a, b)
+def test_posterior_and_decode() -> None:
+    torch.manual_seed(0)
+    vae = FluxFlow08VAE(16, 3, 3)
+    x, eps = torch.rand(2, 3, 24, 40) * 2 - 1, torch.zeros(2, *vae.latent_shape(24, 40))
+    with torch.no_grad():
+        mean, logvar = vae.posterior(x)
+        assert mean.shape == logvar.shape == (2, vae.latent_channels, 3, 5)
+        assert mean[:, :16].abs().max() < 1 and (logvar == -30).all()
+        torch.testing.assert_close(vae.decode(mean), vae(x, eps).x_hat, rtol=0, atol=0)
+        assert not torch.equal(vae.decode(mean), vae(x, eps + 1).x_hat)
 
 
 def test_interface_of_a_vae() -> None:
     torch.manual_seed(0)
     vae = FluxFlow08VAE(16, 3, 3)
-    assert vae.latent_shape(24, 40) == (16, 3, 5) and vae.stride == 8
+    assert vae.latent_shape(24, 40) == (21, 3, 5) and vae.stride == 8
     with pytest.raises(ValueError, match="multiple of 8, got 20 x 40"):
         vae.latent_shape(20, 40)
     x = torch.rand(2, 3, 24, 40) * 2 - 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = vae(x, torch.zeros(2, 16, 3, 5))
+        out = vae(x, torch.zeros(2, 21, 3, 5))
     assert out.x_hat.shape == x.shape and out.mu.shape == out.logvar.shape == (2, 16, 3, 5)
     assert {tensor.dtype for tensor in out} == {torch.float32}
     (out.x_hat.square().mean() + out.mu.square().mean() + out.logvar.mean()).backward()
