@@ -132,14 +132,17 @@ class FrozenBackbone(PretrainedBackbone):
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint
 
+    def network(self) -> nn.Module:
+        """transformers' DistilBertModel, on the device that this module was moved to."""
+        if not self._loaded:
+            self._loaded = (self.checkpoint.build().eval().requires_grad_(False),)
+        return self._loaded[0].to(self.anchor.device)
+
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """fp32 also under autocast, as in a cache."""
-        if not self._loaded:
-            self._loaded = (self.checkpoint.build().eval().requires_grad_(False),)
-        network = self._loaded[0].to(ids.device)
         with torch.autocast(ids.device.type, enabled=False):
-            return network(input_ids=ids, attention_mask=mask).last_hidden_state
+            return self.network()(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 class TrainedBackbone(PretrainedBackbone):
@@ -202,7 +205,7 @@ def distilbert(path: str) -> Checkpoint:
 def from_hub(name: str) -> Path:
     """The folder in the hub's cache that holds model `name`; downloaded first where it is not there yet."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[reportPrivateImportUsage]
 
     files = [CONFIG, WEIGHTS, TOKENIZER]
     try:

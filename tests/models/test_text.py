@@ -9,7 +9,14 @@ from fluxflow_train.models.activations import ARM_NAMES
 from fluxflow_train.models.text import Backbone, TextEncoder, TextFeatures
 from fluxflow_train.models.text_scratch import ScratchBackbone
 
-CAPTIONS = ["a red circle above a blue square", "", "🙂🎨🚀", "ein grüner Kreis, 赤い円, круг", "word " * 2000, "circle"]
+CAPTIONS = [
+    "a red circle above a blue square",
+    "",
+    "🙂🎨🚀",
+    "grüner Kreis, 赤い円, круг",
+    "word " * 2000,
+    "circle",
+]
 
 
 class Letters(Backbone):
