@@ -15,7 +15,7 @@ from fluxflow_train.data.sources.shapes import COLOURS, KINDS, paint
 
 NONE = "none"
 MIN_INK = 48.0  # length in RGB of the ink of an object's pixels; grey, the palest colour, has 199
-MIN_AREA = 0.01  # of the image; the smallest shape alone, a cross, covers 0.028
+MIN_AREA = 0.01  # of the image; the smallest shape alone, a star, covers 0.027
 MAX_COLOUR_DISTANCE = 60.0  # in RGB; the two nearest colours, orange and yellow, are 75 apart
 MAX_UNEXPLAINED = 0.15  # renders blurred by 2 px of 64 reach 0.08, a rectangle of 3 : 2 has 0.2
 MAX_RADIUS = 0.35  # the largest shape alone has 0.28
@@ -87,7 +87,7 @@ def _error(target: np.ndarray, colour: np.ndarray, kind: str, place: Place) -> f
     if not (all(0 < centre < 1 for centre in place[:2]) and 0 < place[2] < MAX_RADIUS):
         return math.inf
     drawn = soften(mask(kind, *place, side=target.shape[-1]))
-    overlap, area = float((colour @ (target * drawn).sum((1, 2)))), float((drawn**2).sum())
+    overlap, area = float(colour @ (target * drawn).sum((1, 2))), float((drawn**2).sum())
     return 1 - (2 * overlap - float(colour @ colour) * area) / float((target**2).sum())
 
 
