@@ -5,7 +5,8 @@ B batch, R resolution of the images, D latent channels, h w latent grid, n sampl
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def write_latents(
     expected = identity(vae_sha256, selection.fingerprint, resolution)
     if not (folder / MANIFEST).exists():
         try:
-            with alone(folder):
+            with alone(folder), _exactly(device):
                 if not (folder / MANIFEST).exists():
                     _write_shards(folder, reader, posterior, expected, device, num_workers, tolerant)
                     _write_manifest(folder, selection, expected)
@@ -81,7 +82,7 @@ def _write_shards(
     batches = eval_batches(len(selection), BATCH, 0, 1)
     missing = {}
     for number, first in enumerate(range(0, len(batches), BATCHES_PER_SHARD)):
-        if _metadata(_path(folder, number)).get("identity") != json.dumps(expected):
+        if _note(_path(folder, number)).get("identity") != expected:
             missing[number] = batches[first : first + BATCHES_PER_SHARD]
     loader = EvalLoader(reader, [batch for shard in missing.values() for batch in shard], num_workers, tolerant)
     images = iter(progress(loader, f"Encoding latents of {folder.name}", len(loader)))
@@ -92,22 +93,29 @@ def _write_shards(
         first, last = shard[0][0][1], shard[-1][-1][1]
         damaged = {sample: cause for sample, cause in loader.damaged.items() if first <= sample <= last}
         tensors = {"mean": latents[:, :, 0].contiguous(), "logvar": latents[:, :, 1].contiguous()}
-        metadata = {"identity": json.dumps(expected), "damaged": json.dumps(damaged)}
+        # One entry: safetensors writes several in an order that changes from call to call.
+        metadata = {"note": json.dumps({"identity": expected, "damaged": damaged})}
         with replacing(_path(folder, number)) as temporary:
             save_file(tensors, temporary, metadata)
 
 
-@torch.no_grad()  # not inference_mode: tables that a module keeps from its first call would refuse gradients for ever
+@contextmanager
+def _exactly(device: str) -> Iterator[None]:
+    """fp32 as such, the same each time, without gradients."""
+    with (
+        torch.no_grad(),  # not inference_mode: what a module keeps from its first call would refuse gradients for ever
+        torch.autocast(torch.device(device).type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+    ):
+        yield
+
+
 def _encode(batch: dict[str, Any], selection: Selection, posterior: Posterior, device: str) -> Tensor:
     """float16 (B, 2, 2, D, h, w) on the CPU: plain and flipped, mean and logvar."""
     count = len(batch["image"])
     image = batch["image"].to(device)
     image = torch.cat([image, image[-1:].expand(BATCH - count, -1, -1, -1)])
-    with (
-        torch.autocast(torch.device(device).type, enabled=False),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-    ):
-        views = [torch.stack(posterior(dequantize(view)), dim=1) for view in (image, image.flip(-1))]
+    views = [torch.stack(posterior(dequantize(view)), dim=1) for view in (image, image.flip(-1))]
     latents = torch.stack(views, dim=1)[:count].to("cpu", torch.float16)
     for sample, latent in zip(batch["index"].tolist(), latents, strict=True):
         if not latent.isfinite().all():
@@ -131,7 +139,7 @@ def _write_manifest(folder: Path, selection: Selection, expected: dict[str, Any]
                 "samples": shape[0],
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
-                "damaged": json.loads(_metadata(path)["damaged"]),
+                "damaged": _note(path)["damaged"],
             }
         )
     manifest = {
@@ -152,13 +160,13 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:05d}.safetensors"
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """What was written of a shard; nothing where there is none, or half of one."""
+def _note(path: Path) -> dict[str, Any]:
+    """What a finished shard is of, and its damaged samples; nothing where there is none, or half of one."""
     if not path.exists():
         return {}
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            return json.loads(file.metadata()["note"])
     except SafetensorError:
         return {}
 

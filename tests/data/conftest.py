@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fluxflow_train.data.sources.openmoji import OpenMoji
+from fluxflow_train.models.vae import VAE, Decoder, Encoder
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +19,20 @@ def openmoji(tmp_path_factory: pytest.TempPathFactory) -> OpenMoji:
     source = OpenMoji(str(tmp_path_factory.mktemp("openmoji")))
     source.prepare()
     return source
+
+
+@pytest.fixture(scope="session")
+def vae() -> VAE:
+    """Small, stride 4, with latent statistics that are not those of a standard normal."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = Encoder(4, [8, 8], 4, 1, "bezier", "plain", 4)
+        decoder = Decoder(4, [8, 8], 4, 3, 5, 8, 1, 2, 8, [8], "bezier", "relu", "plain", 4, 1.0)
+        torch.nn.init.normal_(encoder.logvar[-1].weight)  # type: ignore[arg-type]
+    made = VAE(encoder, decoder).eval()
+    made.latent_mean.copy_(torch.tensor([1.0, -2.0, 0.5, 0.0]))
+    made.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    return made
 
 
 @pytest.fixture
