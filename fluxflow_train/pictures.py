@@ -29,17 +29,18 @@ def write_pictures(
     settings: Settings,
     *,
     columns: int,
-    weights: str | None,
+    weights: str,
 ) -> list[Path]:
-    """0000.png, 0001.png ... and grid.png of uint8 (N, 3, H, W); `weights` is their sha256 where it is known.
+    """0000.png, 0001.png ... and grid.png of uint8 (N, 3, H, W).
 
-    Returns the paths, the grid's last.
+    `weights`, the sha256 of the model's, is told in the pictures and not in the grid: training draws the same grid
+    before its weights are a file. Returns the paths, the grid's last.
     """
     paths = [folder / f"{number:04d}.png" for number in range(len(images))]
     for path, image, request in zip(paths, images, requests, strict=True):
         write_atomically(path, png(to_pil(image), {**described(request), **shared(settings, weights)}))
     sheet = grid(images, [request.prompt for request in requests], columns)
-    write_atomically(folder / GRID, png(sheet, shared(settings, weights)))
+    write_atomically(folder / GRID, png(sheet, shared(settings, weights=None)))
     return [*paths, folder / GRID]
 
 

@@ -216,6 +216,8 @@ def refuse_other_types(cfg: DictConfig) -> None:
     for key in ("seed", "num_images", "steps", "height", "width"):
         if not isinstance(cfg[key], int) and (cfg[key] is not None or key in ("seed", "num_images")):
             raise UserError(f"{key}={cfg[key]} must be a whole number")
+    if not isinstance(cfg.guidance_interval, ListConfig):
+        raise UserError(f"guidance_interval={cfg.guidance_interval} must be two times: [0,1] is everywhere")
     numbers = [("guidance", cfg.guidance), ("guidance_rescale", cfg.guidance_rescale)]
     numbers += [("guidance_interval", t) for t in cfg.guidance_interval]
     for key, value in numbers:

@@ -1,8 +1,8 @@
 """`model.safetensors` and `model.json`: the averaged weights and all that another program must know of them."""
 
 import hashlib
+import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,30 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-BUILDABLE = {f"fluxflow_train.models.{name}" for name in ("vae.VAE", "vae.Encoder", "vae.Decoder")}
+PACKAGE = "fluxflow_train"
+# What a description may build. Any other name is refused: it could run any function.
+BUILDABLE = {
+    f"{PACKAGE}.{name}"
+    for name in (
+        "models.vae.VAE",
+        "models.vae.Encoder",
+        "models.vae.Decoder",
+        "models.fluxflow08.FluxFlow08VAE",
+        "models.fluxflow08_flow.FluxFlow08Flow",
+        "models.fluxflow08_text.FluxFlow08Text",
+        "models.text_to_image.TextToImage",
+        "models.text.TextEncoder",
+        "models.text_backbones.minilm",
+        "models.text_backbones.distilbert",
+        "models.text_backbones.FrozenBackbone",
+        "models.text_backbones.TrainedBackbone",
+        "models.text_scratch.ScratchBackbone",
+        "models.flow.PillarTransformer",
+        "models.dit.DiT",
+        "objectives.RectifiedFlow",
+        "objectives.VPrediction",
+    )
+}
 
 
 def save_model(folder: Path, model: nn.Module, architecture: DictConfig, description: dict[str, Any]) -> None:
@@ -32,37 +55,74 @@ def save_model(folder: Path, model: nn.Module, architecture: DictConfig, descrip
     write_atomically(folder / DESCRIPTION, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def load_model(folder: Path, build: Callable[[Any], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its description; `build` makes the module from its architecture (Hydra's `instantiate`).
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, in evaluation mode, and its description.
 
     Raises:
-        UserError: files missing, damaged or not ours.
+        UserError: files missing, damaged or not ours; or another text backbone than the model was trained with.
     """
+    description = read_description(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = build(description["architecture"])
+    model.load_state_dict(read_tensors(folder, description))
+    if "text_fingerprint" in description:
+        model.text.check_fingerprint(description["text_fingerprint"])
+    return model.to(memory_format=torch.channels_last).eval(), description
+
+
+def load_weights(model: nn.Module, folder: str, sha256: str) -> None:
+    """Fill `model` with the weights of the run in `folder`, which must have that hash.
+
+    Raises:
+        UserError: files missing or damaged, or the weights are others.
+    """
+    description = read_description(Path(folder))
+    if description["sha256"] != sha256:
+        raise UserError(f"{folder} holds other weights than this run began with: put those back, or begin another run")
+    model.load_state_dict(read_tensors(Path(folder), description))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`model.json`. Raises UserError where it is missing or damaged."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        data = (folder / WEIGHTS).read_bytes()
-        tensors = load(data)
+        return json.loads((folder / DESCRIPTION).read_text())
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} is missing: the run has not finished; resume it: python -m fluxflow_train run={folder}"
         ) from error
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise UserError(f"{folder}: the exported model is damaged ({error}): run the training command again") from error
+
+
+def read_tensors(folder: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that `description` is of. Raises UserError where they are missing, damaged or others."""
+    try:
+        data = (folder / WEIGHTS).read_bytes()
+        tensors = load(data)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: run the training command again") from error
+    except SafetensorError as error:
         raise UserError(f"{folder}: the exported model is damaged ({error}): run the training command again") from error
     if hashlib.sha256(data).hexdigest() != description.get("sha256"):
         raise UserError(f"{folder}: {WEIGHTS} is not the file that {DESCRIPTION} describes: run training again")
-    refuse_foreign(description["architecture"])
-    with torch.random.fork_rng(devices=[]):
-        model = build(description["architecture"])
-    model.load_state_dict(tensors)
-    return model.to(memory_format=torch.channels_last).eval(), description
+    return tensors
 
 
-def refuse_foreign(node: Any) -> None:
-    """A description may build our models and nothing else: `_target_` would otherwise run any function."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and target not in BUILDABLE:
-            raise UserError(f"{DESCRIPTION} asks for {target}, which is no model of ours: do not use that folder")
-    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for value in values:
-        refuse_foreign(value)
+def build(node: Any) -> Any:
+    """The object that a description's dictionary with `_target_` stands for, its values built first.
+
+    Raises:
+        UserError: it asks for something that is no model of ours.
+    """
+    if isinstance(node, list):
+        return [build(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    arguments = {name: build(value) for name, value in node.items() if name != "_target_"}
+    if "_target_" not in node:
+        return arguments
+    if node["_target_"] not in BUILDABLE:
+        raise UserError(f"{DESCRIPTION} asks for {node['_target_']}, which is no model of ours: do not use that folder")
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**arguments)

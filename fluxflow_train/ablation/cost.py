@@ -27,6 +27,20 @@ class VAEInputs(NamedTuple):
         return torch.zeros(1, 3, self.height, self.width), torch.zeros(1, *latent)
 
 
+class FlowInputs(NamedTuple):
+    """What the flow of a TextToImage sees of one image of that size with a caption of `num_tokens`, all zero."""
+
+    height: int
+    width: int
+    num_tokens: int
+
+    def __call__(self, network: nn.Module) -> tuple[Tensor, ...]:
+        latent: tuple[int, int, int] = network.vae.latent_shape(self.height, self.width)  # type: ignore[operator]
+        hidden = torch.zeros(1, self.num_tokens, network.text.backbone.width)  # type: ignore[arg-type]
+        mask = torch.ones(1, self.num_tokens, dtype=torch.bool)
+        return torch.zeros(1, *latent), torch.zeros(1), hidden, mask, torch.zeros(1, dtype=torch.bool)
+
+
 def parameters(network: nn.Module) -> dict[str, int]:
     """Parameters of each component and in total."""
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in network.named_children()}

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
@@ -16,14 +16,17 @@ class Checkpoint(L.Callback):
     """Saves every `every_images` images and at the end; after a validation that beat all before it, `best.ckpt` too.
 
     A file is written to a temporary name, synced and renamed. The former `last.ckpt` stays as `previous.ckpt`, for the
-    day that the last one turns out damaged. `monitor` is a validation scalar that is better when higher.
+    day that the last one turns out damaged. `monitor` is a validation scalar; the best is its "max" or "min".
     """
 
-    def __init__(self, folder: str, every_images: int, monitor: str):
+    def __init__(self, folder: str, every_images: int, monitor: str, mode: Literal["max", "min"]):
+        if mode not in ("max", "min"):
+            raise ValueError(f'mode must be "max" or "min", got "{mode}"')
         self.folder = Path(folder)
         self.every_images, self.monitor = every_images, monitor
+        self.sign = 1 if mode == "max" else -1
         self.saved_at = 0
-        self.best = float("-inf")
+        self.best = float("-inf")  # of sign * monitor
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Where a validation follows, the checkpoint waits for it: a resumed run doesn't repeat it.
@@ -35,8 +38,8 @@ class Checkpoint(L.Callback):
         value = pl_module.latest.get(self.monitor)
         if trainer.sanity_checking or value is None:
             return
-        if value > self.best:
-            self.best = value
+        if self.sign * value > self.best:
+            self.best = self.sign * value
             self.write(trainer, self.folder / BEST)
         if self.is_due(pl_module):
             self.save(trainer, pl_module.images_seen)

@@ -109,6 +109,11 @@ class ImageData(LightningDataModule):
         """
         return self.eval_loader(split, self._reader(split, "exact", PlainView(), self._worker_bytes))
 
+    def caption(self, split: Split, sample: int) -> str:
+        """The first caption of a sample, as an evaluation sees it; "" where it has none."""
+        selection = self.selection(split)
+        return next(iter(selection.index.captions(selection.row(sample))), "")
+
     def images(self, split: Split, samples: Sequence[int]) -> Tensor:
         """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""
         reader = self._reader(split, "exact", PlainView(), cache_bytes=0)

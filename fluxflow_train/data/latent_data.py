@@ -25,6 +25,7 @@ from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.sources import SPLITS, Source, Split
 from fluxflow_train.data.text_cache import TextCache
 from fluxflow_train.errors import UserError
+from fluxflow_train.hardware import device_of
 from fluxflow_train.models.text import Backbone
 
 TOKENS_MULTIPLE = 8  # S is rounded up to it, so that few shapes occur
@@ -81,7 +82,7 @@ class LatentData(LightningDataModule):
         root: str,
         device: str,
     ) -> None:
-        """`vae_sha256` is of the weights of `vae`; `device` is where `prepare_data` runs the two networks."""
+        """`vae_sha256` is of the weights of `vae`; `prepare_data` runs the two networks on `device` ("auto" too)."""
         super().__init__()
         if backbone is not None and not backbone.frozen:
             raise ValueError("backbone: got one that is trained, expected a frozen one, or None")
@@ -89,7 +90,7 @@ class LatentData(LightningDataModule):
         self.vae = vae
         self.vae_sha256 = vae_sha256
         self.backbone = backbone
-        self.device = device
+        self.device = str(device_of(device))
         self._root = Path(root).expanduser()
         self._latents: dict[Split, LatentCache] = {}
         self._text: TextCache | None = None
@@ -169,6 +170,10 @@ class LatentData(LightningDataModule):
     def num_samples(self, split: Split) -> int:
         """Samples of `split` over all processes: what an evaluation's gathered count must equal."""
         return self.image_data.num_samples(split)
+
+    def caption(self, split: Split, sample: int) -> str:
+        """The first caption of a sample; "" where it has none."""
+        return self.image_data.caption(split, sample)
 
     def images(self, split: Split, samples: Sequence[int]) -> Tensor:
         """Those samples of `split` as an evaluation sees them: uint8 (N, 3, R, R)."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxflow_train import losses, rng, schedule
+from fluxflow_train.data.datamodule import ImageData
+from fluxflow_train.latent_statistics import measure_latents
 from fluxflow_train.metrics import reconstruction as metrics
 from fluxflow_train.models.vae import VAEOutput
 from fluxflow_train.pixels import dequantize, quantize
@@ -101,6 +103,34 @@ class VAETask(BudgetTask):
     def ema_modules(self) -> dict[str, nn.Module]:
         """The nets whose average is validated and exported."""
         return {"vae": self.vae}
+
+    def data_module(self, images: ImageData) -> ImageData:
+        """What trains this task, given the images: they themselves."""
+        return images
+
+    @property
+    def exported(self) -> nn.Module:
+        return self.vae
+
+    @property
+    def stride(self) -> int:
+        return self.vae.stride
+
+    def before_export(self, images: ImageData) -> None:
+        """Measure the latents of the weights as they now are: a flow wants them standardised."""
+        measure_latents(self.vae, images, self.device)
+
+    def description(self) -> dict[str, Any]:
+        """What `model.json` must say of the model."""
+        return {
+            "latent": {"mean": self.vae.latent_mean.tolist(), "std": self.vae.latent_std.tolist()},
+            "provenance": {
+                "reconstruction": self.reconstruction.__name__,
+                "perceptual": "none" if self.perceptual is None else type(self.perceptual).__name__,
+                "gan": "none" if self.adversary is None else "patch",
+                "kl_weight": self.kl_weight,
+            },
+        }
 
     # ---- training ----
 

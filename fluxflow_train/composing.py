@@ -1,0 +1,145 @@
+"""From what the user composed to a run that can begin: its directory, its frozen VAE, its matched widths."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from fluxflow_train.ablation.cost import render, residual_table
+from fluxflow_train.ablation.matching import match
+from fluxflow_train.data.sources import SPLITS
+from fluxflow_train.errors import UserError
+from fluxflow_train.files import write_atomically
+from fluxflow_train.hardware import device_of, fastest_precision
+from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences, resumed_config
+from fluxflow_train.weights import DESCRIPTION, read_description
+
+console = Console(stderr=True)
+
+
+def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
+    """The run directory, new or again, and the resolved configuration that it holds."""
+    chosen = not OmegaConf.is_missing(cfg, "name")
+    if cfg.run is None and not chosen:
+        raise UserError("nothing to train: add +experiment=vae_bezier (--help lists all), or run=DIR to resume a run")
+    run_id = cfg.run_id or new_run_id()
+    directory = RunDirectory(Path(cfg.run or f"outputs/{cfg.name}/{run_id}").expanduser())
+    saved = directory.config() if directory.exists() else None
+    if not chosen and saved is None:
+        raise UserError(f"{directory.path} holds no run yet: add +experiment=vae_bezier to begin one there")
+    overrides = list(HydraConfig.get().overrides.task)
+    if saved is not None and not chosen:
+        return directory, plain(resumed_config(cfg, saved, overrides))
+    cfg.run, cfg.run_id = str(directory.path), saved.run_id if saved is not None else run_id
+    if cfg.trainer.precision == "auto":
+        device = device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto")
+        cfg.trainer.precision = saved.trainer.precision if saved is not None else fastest_precision(device)
+    if "vae" in cfg:
+        bind_vae(cfg)
+    matched = match_widths(cfg)
+    if saved is None:
+        directory.create(cfg, overrides)
+        if matched is not None:
+            table = render(residual_table(*matched, instantiate(plain(cfg.matching.inputs)), device="cpu"))
+            write_atomically(directory.path / "match.txt", f"{table}\n".encode())
+            console.print(f"matched to the Bezier arm by {cfg.match}:\n{table}", highlight=False, soft_wrap=True)
+    else:
+        refuse_differences(cfg, saved, directory.path)
+    return directory, plain(cfg)
+
+
+def refuse_impossible(config: DictConfig, task: Any) -> None:
+    """What would otherwise come out only after data were prepared, or after hours of training."""
+    if config.evaluate.split is not None:
+        refuse_unknown_split(config.evaluate.split)
+    size = config.data.module.resolution
+    if size % task.stride:
+        raise UserError(f"scale.resolution={size} is no multiple of the VAE's stride: give a multiple of {task.stride}")
+
+
+def refuse_unknown_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"there is no split {split}: it is one of {', '.join(SPLITS)}")
+
+
+def plain(cfg: DictConfig) -> DictConfig:
+    """The same without interpolations, so that a part of it can be used alone."""
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def bind_vae(cfg: DictConfig) -> None:
+    """Put the architecture, the latent channels and the hash of the VAE at `cfg.vae` into the configuration.
+
+    `cfg.vae` is a run directory, or "latest": the VAE run under outputs/ that was exported last.
+
+    Raises:
+        UserError: there is no such run, or it is no VAE's.
+    """
+    folder = latest_vae() if cfg.vae == "latest" else Path(cfg.vae).expanduser()
+    if folder.suffix in (".ckpt", ".safetensors", ".json"):  # a file of the run stands for it
+        folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    description = read_description(folder)
+    if "vae" in description["architecture"]:
+        raise UserError(f"vae={folder} is a run of flow training: give the run directory of a VAE")
+    cfg.vae, cfg.vae_sha256 = str(folder.absolute()), description["sha256"]
+    cfg.model.vae = description["architecture"]
+    with torch.device("meta"):
+        cfg.model.flow.latent_channels = instantiate(cfg.model.vae).latent_channels
+
+
+def latest_vae() -> Path:
+    """The newest exported VAE under outputs/. Raises UserError where there is none."""
+    described = sorted(Path("outputs").glob(f"*/*/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in described:
+        if "vae" not in read_description(path.parent)["architecture"]:
+            return path.parent
+    raise UserError(
+        "no trained VAE under outputs/: train one first with python -m fluxflow_train +experiment=vae_bezier, "
+        "or say where it is with vae=DIR"
+    )
+
+
+def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
+    """Give another arm than Bezier the widths that make it as large as the Bezier arm.
+
+    `cfg.matching` names the width (or list of widths) of each component and what the Bezier arm has in the model's
+    place. Returns the Bezier network and the matched one, on the meta device; None where there is nothing to match.
+    """
+    if cfg.match not in ("parameters", "flops", "none"):
+        raise UserError(f"match is parameters, flops or none, got {cfg.match}")
+    matching, model = plain(cfg.matching), plain(cfg.model)
+    reference = model.copy()
+    for part, theirs in matching.reference.items():
+        reference[part] = OmegaConf.merge(model[part], theirs) if "_target_" not in theirs else theirs
+    different = [
+        part for part in matching.sizes if reference[part] != model[part] and matching.sizes[part] in model[part]
+    ]
+    if cfg.match == "none" or not different:
+        return None
+
+    def build(**widths: list[int]) -> nn.Module:
+        resized = model.copy()
+        for part, values in widths.items():
+            key = matching.sizes[part]
+            resized[part][key] = values if OmegaConf.is_list(model[part][key]) else values[0]
+        return instantiate(resized)
+
+    with torch.device("meta"):
+        network = instantiate(reference)
+    shapes = {part: model[part][matching.sizes[part]] for part in different}
+    found = match(
+        build,
+        network,
+        widths={part: list(shape) if OmegaConf.is_list(shape) else [shape] for part, shape in shapes.items()},
+        inputs=instantiate(matching.inputs),
+        by=cfg.match,
+        granularity=matching.granularity,
+    )
+    for part, values in found.widths.items():
+        cfg.model[part][matching.sizes[part]] = values if OmegaConf.is_list(shapes[part]) else values[0]
+    return network, found.network
