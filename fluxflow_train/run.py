@@ -85,7 +85,11 @@ def prepare(cfg: DictConfig) -> None:
     data.prepare_data()
     for split in ("train", "tune", "test"):
         shards = data.source.shards(split)
-        console.print(f"{split}: {data.num_samples(split):,} images in {len(shards)} shards, {Path(shards[0]).parent}")
+        console.print(
+            f"{split}: {data.num_samples(split):,} images in {len(shards)} shards, {Path(shards[0]).parent}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 # ---- training ----
