@@ -103,7 +103,7 @@ def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
 
 def shortened(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """What the font can draw of a caption, on one line of at most `width` pixels."""
-    line = " ".join(caption[:1000].encode("latin-1", "ignore").decode("latin-1").split())
+    line = " ".join(caption[:300].encode("latin-1", "ignore").decode("latin-1").split())
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}...") > width:
