@@ -119,9 +119,9 @@ class PillarBlock(nn.Module):
         nn.init.zeros_(self.film.bias)
 
     def forward(
-        self, x: Tensor, points: Tensor | None, text: Tensor, cond: Tensor, tables: tuple[Tensor, Tensor]
+        self, x: Tensor, previous: Tensor | None, text: Tensor, cond: Tensor, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """x (B, L, d) and the control points (P, B, L, d) of the block before, to those of this one.
+        """x (B, L, d) and the control points (P, B, L, d) of the `previous` block to those of this one.
 
         text and cond (B, d): the text token and the condition of FiLM.
         """
@@ -129,12 +129,16 @@ class PillarBlock(nn.Module):
         x = x + self.text_attention(self.norm2(text))[:, None]
         gamma, beta = rearrange(self.film(cond), "b (k two d) -> two k b 1 d", k=NUM_PILLARS, two=2)
         gated = torch.addcmul(beta, torch.sigmoid(x), 1 + gamma)
-        raw = self.pillars(gated if points is None else gated * points)
-        points = raw + self.pillar_text_attention(text)[:, None]
+        points = self.pillars(gated if previous is None else gated * previous)
+        points = points + self.pillar_text_attention(text)[:, None]
         t = x + self.feed_forward(self.norm3(x))
         # Interleaved over the concatenation: most outputs see t or one pillar alone. So the weights were trained.
         y = bezier(
-            torch.cat([t, *points], dim=-1), t_activation="sigmoid", p_activation="none", layout="interleaved", dim=-1
+            torch.cat([t, *points.unbind()], dim=-1),
+            t_activation="sigmoid",
+            p_activation="none",
+            layout="interleaved",
+            dim=-1,
         )
         return y, points
 

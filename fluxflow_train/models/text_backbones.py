@@ -50,18 +50,21 @@ DISTILBERT_FIELDS = (
 class Checkpoint:
     """DistilBERT's weights and tokenizer in a folder; nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, fields: dict[str, Any], convert: Callable[[State], State]) -> None:
-        """`fields` of transformers' DistilBertConfig; `convert` gives the tensors DistilBertModel's names.
+    def __init__(
+        self, folder: Path, fields: dict[str, Any], convert: Callable[[State], State], weights: str = WEIGHTS
+    ) -> None:
+        """`fields` of transformers' DistilBertConfig; `convert` gives the tensors of `weights` DistilBertModel's names.
 
         Raises:
             UserError: a file is missing.
         """
-        for name in (WEIGHTS, TOKENIZER):
+        for name in (weights, TOKENIZER):
             if not (folder / name).is_file():
                 raise UserError(
                     f"{folder} has no {name}: save the model there with safe_serialization and its fast tokenizer"
                 )
         self.folder = folder
+        self.weights = folder / weights
         self.fields = fields
         self.convert = convert
         self.width: int = fields["dim"]
@@ -83,7 +86,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Of weights and tokenizer."""
-        return hashlib.sha256(f"{_sha256(self.folder / WEIGHTS)} {self.tokenizer_fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"{_sha256(self.weights)} {self.tokenizer_fingerprint}".encode()).hexdigest()
 
     def build(self) -> nn.Module:
         """transformers' DistilBertModel without dropout, since that would draw from the global generator.
@@ -99,12 +102,11 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):  # its random start, soon overwritten, must not shift anyone's draws
             network = DistilBertModel(config)
         if not network.embeddings.word_embeddings.weight.is_meta:
-            path = self.folder / WEIGHTS
             try:
-                network.load_state_dict(self.convert(load_file(path)))
+                network.load_state_dict(self.convert(load_file(self.weights)))
             except (SafetensorError, RuntimeError, KeyError) as error:
                 raise UserError(
-                    f"{path} is damaged or holds another network than {CONFIG} says: fetch it again"
+                    f"{self.weights} is damaged or holds another network than {CONFIG} says: fetch it again"
                 ) from error
         return network
 
