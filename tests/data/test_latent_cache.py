@@ -267,7 +267,7 @@ class TestRefusal:
 
     def test_a_folder_that_can_not_be_made(self, images, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match=r"can't write latents to .*: choose another data root"):
+        with pytest.raises(UserError, match=r"can't write latents to .*; choose another data root"):
             write(tmp_path / "file" / "tune", images.selection("tune"))
 
 
