@@ -17,7 +17,7 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 from fluxflow_train.hardware import device_of, fastest_precision
 from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences, resumed_config
-from fluxflow_train.weights import DESCRIPTION, read_description
+from fluxflow_train.weights import DESCRIPTION, WEIGHTS, read_description
 
 console = Console(stderr=True)
 
@@ -75,14 +75,16 @@ def plain(cfg: DictConfig) -> DictConfig:
 def bind_vae(cfg: DictConfig) -> None:
     """Put the architecture, the latent channels and the hash of the VAE at `cfg.vae` into the configuration.
 
-    `cfg.vae` is a run directory, or "latest": the VAE run under outputs/ that was exported last.
+    `cfg.vae` is a run directory or its model.safetensors, or "latest": the VAE run under outputs/ exported last.
 
     Raises:
         UserError: there is no such run, or it is no VAE's.
     """
     folder = latest_vae() if cfg.vae == "latest" else Path(cfg.vae).expanduser()
-    if folder.suffix in (".ckpt", ".safetensors", ".json"):  # a file of the run stands for it
-        folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    if folder.suffix == ".ckpt":
+        raise UserError(f"vae={folder} is for resuming its run: give the run directory, whose exported weights are used")
+    if folder.name == WEIGHTS:
+        folder = folder.parent
     description = read_description(folder)
     if "vae" in description["architecture"]:
         raise UserError(f"vae={folder} is a run of flow training: give the run directory of a VAE")
