@@ -82,7 +82,7 @@ def bind_vae(cfg: DictConfig) -> None:
     """
     folder = latest_vae() if cfg.vae == "latest" else Path(cfg.vae).expanduser()
     if folder.suffix == ".ckpt":
-        raise UserError(f"vae={folder} is for resuming its run: give the run directory, whose exported weights are used")
+        raise UserError(f"vae={folder} is for resuming: give the run directory, whose exported weights are used")
     if folder.name == WEIGHTS:
         folder = folder.parent
     description = read_description(folder)
