@@ -5,17 +5,11 @@ N images of the split, D latent channels, h w latent grid.
 
 import json
 import math
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fluxflow_train.data.sources import Split
@@ -27,6 +21,7 @@ from fluxflow_train.reports import figures, page, protocol
 from fluxflow_train.reports.checks import run_checks, status_of
 from fluxflow_train.reports.distances import MAX_FLOOR, PROJECTION_IMAGES, feature_results
 from fluxflow_train.reports.passes import TRAIN_POOL, EvaluationData, SplitPass, TrainSample, draw_train, read_split
+from fluxflow_train.reports.progress import clock, progress
 from fluxflow_train.reports.results import cost_results, reconstruction_results
 
 SCHEMA = "fid_report/v1"
@@ -130,6 +125,7 @@ def report_of(
     reference = {"split": split, "images": evidence.expected, "keys_sha256": protocol.digest(measured.keys)}
     return {
         "schema": SCHEMA,
+        "kind": "reconstruction",
         "status": status,
         "status_reasons": reasons,
         "command": provenance["command"],
@@ -188,30 +184,12 @@ def draw_figures(vae: nn.Module, measured: SplitPass, run_dir: Path, device: tor
     worst = [item for _, _, item in sorted(measured.worst, key=lambda entry: entry[2].psnr)]
     return {
         "curves": figures.training_curves(run_dir / "metrics.csv"),
-        "bezier": figures.learned_curves(vae, x, eps),
+        "bezier": figures.learned_curves(vae, lambda: vae(x, eps)),
         "examples": [figures.example(item) for item in measured.examples],
         "worst": [figures.example(item) for item in worst],
         "amplify": figures.AMPLIFY,
         "psnr_histogram": figures.histogram(measured.scores["model"].per_image("psnr")),
     }
-
-
-@contextmanager
-def clock(cost: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds spent inside, under `name`."""
-    started = time.perf_counter()
-    yield
-    cost[name] = round(time.perf_counter() - started, 2)
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Any]:
-    """A bar on stderr, silent where that is no terminal; yields the function that advances it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
-        task: TaskID = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def write_report(report: dict[str, Any], run_dir: Path) -> None:

@@ -5,11 +5,10 @@ N images of the split, M of the training draw, D feature width.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fluxflow_train.metrics.features import NAME, paired_distance
-from fluxflow_train.metrics.frechet import enough_images, fit_projection, frechet_of_features
+from fluxflow_train.metrics.frechet import Projection, enough_images, fit_projection, frechet_of_features
 from fluxflow_train.metrics.intervals import HALVES_METHOD, halves_interval
 from fluxflow_train.metrics.kid import kid, pair_kernel
 from fluxflow_train.reports.passes import SplitPass
@@ -20,6 +19,7 @@ PROJECTION_DIMENSION = 64
 MAX_FLOOR = 5000
 MAX_KERNEL = 5000
 NUM_HALVES = 200
+FRECHET_LABEL = f"Frechet distance, {PROJECTION_DIMENSION} components"
 FLOOR_NOTE = "two disjoint sets of real images of this size; a reconstruction of the same images can fall below it"
 
 
@@ -80,29 +80,33 @@ def paired_results(sets: dict[str, Tensor]) -> list[Result]:
 
 
 def kid_results(sets: dict[str, Tensor], seed: int) -> list[Result]:
-    """Kernel distance with an interval from half samples; of a large split, its first 5,000 images."""
+    """Kernel distance to the model's reconstructions and to each rival."""
     name = f"kid_{NAME}"
     results = []
     for rival in ("model", "pca", "noise_floor"):
         if rival not in sets:
             continue
-        n = min(len(sets["real"]), len(sets[rival]), MAX_KERNEL)
-        h = pair_kernel(sets["real"][:n], sets[rival][:n])
-        interval = halves_interval(lambda s, h=h: kid(h[s][:, s]), n, seed, NUM_HALVES) if n >= 4 else None
         words: dict[str, Any] = {"label": "Kernel distance (KID)"} if rival == "model" else rival_words(name, rival)
         results.append(
-            result(
-                name if rival == "model" else f"{name}_{rival}",
-                kid(h),
-                unit="",
-                better="lower",
-                num_images=n,
-                interval=interval,
-                interval_method=HALVES_METHOD.format(num=NUM_HALVES),
-                **words,
-            )
+            kid_result(name if rival == "model" else f"{name}_{rival}", sets["real"], sets[rival], seed, **words)
         )
     return results
+
+
+def kid_result(name: str, real: Tensor, other: Tensor, seed: int, **words: Any) -> Result:
+    """Kernel distance of two sets as large as the smaller, at most 5,000, with an interval from half samples."""
+    n = min(len(real), len(other), MAX_KERNEL)
+    h = pair_kernel(real[:n], other[:n])
+    return result(
+        name,
+        kid(h),
+        unit="",
+        better="lower",
+        num_images=n,
+        interval=halves_interval(lambda s: kid(h[s][:, s]), n, seed, NUM_HALVES) if n >= 4 else None,
+        interval_method=HALVES_METHOD.format(num=NUM_HALVES),
+        **words,
+    )
 
 
 def frechet_results(sets: dict[str, Tensor], fit: Tensor) -> tuple[list[Result], float]:
@@ -113,19 +117,19 @@ def frechet_results(sets: dict[str, Tensor], fit: Tensor) -> tuple[list[Result],
     for rival in ("model", "pca", "noise_floor"):
         if rival not in sets:
             continue
-        distance = frechet_of_features(projection(sets["real"]), projection(sets[rival]))
-        checks.append(distance.cross_check)
-        words: dict[str, Any] = (
-            {"label": "Frechet distance, 64 components"} if rival == "model" else rival_words(name, rival)
+        words: dict[str, Any] = {"label": FRECHET_LABEL} if rival == "model" else rival_words(name, rival)
+        entry, check = frechet_result(
+            name if rival == "model" else f"{name}_{rival}", sets["real"], sets[rival], projection, **words
         )
-        results.append(
-            result(
-                name if rival == "model" else f"{name}_{rival}",
-                distance.value,
-                unit="",
-                better="lower",
-                num_images=min(len(sets["real"]), len(sets[rival])),
-                **words,
-            )
-        )
-    return results, float(torch.tensor(checks).max())
+        results.append(entry)
+        checks.append(check)
+    return results, max(checks)
+
+
+def frechet_result(
+    name: str, real: Tensor, other: Tensor, projection: Projection, **words: Any
+) -> tuple[Result, float]:
+    """Frechet distance of two sets of features on a projection, and its trace cross-check."""
+    distance = frechet_of_features(projection(real), projection(other))
+    size = min(len(real), len(other))
+    return result(name, distance.value, unit="", better="lower", num_images=size, **words), distance.cross_check

@@ -7,7 +7,7 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +59,30 @@ def significant(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def learned_curves(vae: nn.Module, x: Tensor, eps: Tensor) -> list[dict[str, Any]]:
-    """Each trainable Bezier of the model: its curves over t, its control points, and where the t of images `x` lie.
+def learned_curves(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Each trainable Bezier of the model: its curves over t, its control points, and where t lies while `run` calls it.
 
     Of more than 16 channels, 16 evenly spaced ones are kept.
     """
-    modules = {name: m for name, m in vae.named_modules() if isinstance(m, TrainableBezier)}
-    counts: dict[str, list[int]] = {}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, TrainableBezier)}
+    counts: dict[str, Tensor] = {}
 
     def count(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             t = torch.sigmoid(args[0].float()).cpu()
-            counts[name] = torch.histc(t, bins=40, min=0, max=1).long().tolist()
+            counts[name] = counts.get(name, 0) + torch.histc(t, bins=40, min=0, max=1).long()
 
         return hook
 
     handles = [module.register_forward_pre_hook(count(name)) for name, module in modules.items()]
     with torch.inference_mode():
-        vae(x, eps)
+        run()
     for handle in handles:
         handle.remove()
-    return [curve(name, module) | {"t_histogram": counts.get(name, [])} for name, module in modules.items()]
+    return [
+        curve(name, module) | {"t_histogram": counts[name].tolist() if name in counts else []}
+        for name, module in modules.items()
+    ]
 
 
 def curve(name: str, module: TrainableBezier) -> dict[str, Any]:
@@ -100,10 +103,14 @@ def curve(name: str, module: TrainableBezier) -> dict[str, Any]:
     }
 
 
-def picture(image: Tensor) -> str:
-    """uint8 (3, H, W) as a base64 PNG, reduced to at most 256 pixels a side."""
-    pil = Image.fromarray(image.permute(1, 2, 0).numpy())
-    pil.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
+def picture(image: Tensor, max_side: int = MAX_SIDE) -> str:
+    """uint8 (3, H, W) as a base64 PNG, reduced to at most `max_side` pixels a side."""
+    return encoded(Image.fromarray(image.permute(1, 2, 0).numpy()), max_side)
+
+
+def encoded(pil: Image.Image, max_side: int) -> str:
+    """An RGB image as a base64 PNG, reduced to at most `max_side` pixels a side."""
+    pil.thumbnail((max_side, max_side), Image.Resampling.BOX)
     buffer = io.BytesIO()
     pil.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -13,21 +13,29 @@ FOLDER = Path(__file__).parent
 CURVES = (
     ("PSNR", "dB", ("train/psnr", "val/psnr")),
     ("SSIM", "", ("val/ssim",)),
-    ("Loss", "", ("train/loss", "train/loss_rec")),
+    ("Loss", "", ("train/loss", "train/loss_rec", "val/loss")),
+    ("Validation loss by quarters of t", "", ("val/loss_t0", "val/loss_t1", "val/loss_t2", "val/loss_t3")),
     ("Rate", "nats per image", ("train/rate_nats", "val/rate_nats")),
     ("KL", "nats per latent element", ("train/loss_kl",)),
     ("Adversarial losses", "", ("train/loss_gan", "train/loss_disc")),
     ("Gradient norm", "", ("train/grad_norm",)),
     ("Learning rate", "", ("train/lr",)),
+    ("Captions dropped", "share of images", ("train/dropped",)),
     ("Training speed", "images/s", ("train/images_per_second",)),
 )
 BASELINES = (
     ("pca", "PCA"),
     ("white", "Plain white"),
+    ("zero", "Predicting 0"),
+    ("reconstruction", "VAE alone"),
+    ("split", "Real images"),
     ("noise_floor", "Real vs real"),
+    ("noise", "Decoded noise"),
     ("another_image", "Another image"),
+    ("other_noise", "By the noise"),
 )
-TILES = ("ssim", "psnr_nonwhite", "psnr_sampled", "rate_nats", "parameters", "images_per_second", "peak_memory")
+VAE_TILES = ("ssim", "psnr_nonwhite", "psnr_sampled", "rate_nats", "parameters", "images_per_second", "peak_memory")
+FLOW_TILES = ("parameters_flow", "parameters_text", "parameters_vae", "seconds_per_image", "caption_effect")
 STATUS = {
     "final": "every self-check passed",
     "partial": "correct, but not everything is there",
@@ -112,8 +120,38 @@ def psnr_chart(report: dict[str, Any], mean: float | None) -> Markup | None:
     )
 
 
+def vae_view(report: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the page of a reconstruction report needs beside the report."""
+    return {
+        "headline": by_name["psnr"],
+        "bars": bars(report["results"], "psnr"),
+        "tiles": [by_name[name] for name in VAE_TILES if name in by_name],
+        "histogram": psnr_chart(report, by_name["psnr"]["raw"]),
+    }
+
+
+def flow_view(report: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the page of a text-to-image report needs beside the report."""
+    quarters = [r for name, r in by_name.items() if name.startswith("loss_t") and r["value"] is not None]
+    largest = max((r["value"] for r in quarters), default=1) or 1
+    return {
+        "loss": by_name["loss"],
+        "loss_zero": by_name["loss_zero"],
+        "quarters": [
+            r | {"label": r["label"].rpartition(", ")[2], "width": round(100 * r["value"] / largest, 1)}
+            for r in quarters
+        ],
+        "kid": by_name.get("kid"),
+        "floor": by_name.get("kid_noise_floor"),
+        "bars": bars(report["results"], "kid"),
+        "caption": by_name["caption_effect"],
+        "noise": by_name["noise_effect"],
+        "tiles": [by_name[name] for name in FLOW_TILES if name in by_name],
+    }
+
+
 def render(report: dict[str, Any]) -> str:
-    """The report as HTML5; every text in it is escaped."""
+    """The report as HTML5; every text in it is escaped. Its `kind` says which page it gets."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -124,20 +162,18 @@ def render(report: dict[str, Any]) -> str:
     environment.filters |= {"number": number, "plain": plain}
     results = report["results"]
     by_name = {r["name"]: r for r in results}
+    template, view = ("vae", vae_view) if report["kind"] == "reconstruction" else ("flow", flow_view)
     rows = metric_rows(results)
     kinds = {kind for row in rows for kind in row["rivals"]}
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template(f"{template}.html.jinja").render(
         report=report,
-        headline=by_name["psnr"],
-        bars=bars(results, "psnr"),
-        tiles=[by_name[name] for name in TILES if name in by_name],
         rows=rows,
         baselines=[(kind, label) for kind, label in BASELINES if kind in kinds],
         notes=notes(results),
-        histogram=psnr_chart(report, by_name["psnr"]["raw"]),
         training=training_charts(report["figures"]["curves"]),
         curves=bezier_charts(report["figures"]["bezier"]),
         status_text=STATUS[report["status"]],
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
+        **view(report, by_name),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxflow_train.generation import Settings
 from fluxflow_train.metrics import features, reconstruction
 
 PACKAGES = ("torch", "torchmetrics", "numpy", "lightning")
@@ -29,6 +30,25 @@ def vae_protocol(split: str, height: int, width: int, seed: int) -> dict[str, An
         "nonwhite": "pixels of the input that are not exactly (255, 255, 255)",
         "ssim": reconstruction.SSIM | {"border": "reflected, counted", "implementation": "torchmetrics, float32"},
         "posterior": "mean (eps = 0); psnr_sampled draws eps from (seed, 'eval-eps', index)",
+        "precision": "float32, autocast and TF32 off",
+        "features": f"{features.NAME}, {features.RESIZE}",
+    }
+    return protocol | {"hash": digest([json.dumps(protocol, sort_keys=True)])}
+
+
+def flow_protocol(split: str, settings: Settings, num_images: int) -> dict[str, Any]:
+    """As `vae_protocol`, of drawn pictures."""
+    protocol: dict[str, Any] = {
+        "id": "text-to-image/v1",
+        "split": split,
+        "images": num_images,
+        "image_size": [settings.height, settings.width],
+        "seed": settings.seed,
+        "solver": settings.solver,
+        "steps": settings.steps,
+        "guidance": list(settings.guidance),
+        "prompts": "first caption of each of the first images of the split; noise from (seed, 'sample-noise', number)",
+        "quantization": "(x + 1) / 2, * 255 + 0.5, clamped to [0, 255], floored to uint8",
         "precision": "float32, autocast and TF32 off",
         "features": f"{features.NAME}, {features.RESIZE}",
     }
