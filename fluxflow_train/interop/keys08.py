@@ -1,9 +1,10 @@
 """Where each tensor of a FluxFlow 0.8 compressor and expander lives in `FluxFlow08VAE`: one map, read both ways.
 
 Theirs interleaves the channels before a Bezier activation (5f + k), ours are planar (kC + f); theirs keeps the control
-points of a trainable curve as p0..p3 (C,), ours as one (4, C).
+points of a trainable curve as p0..p3 (C,), ours as one (4, C). The map of the rest is in keys08_flow.py.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,19 +12,27 @@ from torch import Tensor
 
 from fluxflow_train.models.fluxflow08 import FluxFlow08VAE
 
-PREFIX = "diffuser."
 PLANES = 5
+State = dict[str, Tensor]
 
 
 class Entry(NamedTuple):
-    """`theirs` is `ours`, with the Bezier channels along `planar_dim` reordered, or row `point` of it."""
+    """`theirs` is `ours[at]`, with the Bezier channels along `planar_dim` reordered and `trailing` axes of 1 behind.
+
+    With `span` (axis, start, length) it is that part of `theirs`; the entries of one `theirs` stand in order.
+    """
 
     theirs: str
     ours: str
     planar_dim: int | None = None
-    point: int | None = None
+    at: tuple[int | slice, ...] = ()
+    trailing: int = 0
+    span: tuple[int, int, int] | None = None
 
     def to_ours(self, tensor: Tensor) -> Tensor:
+        if self.span is not None:
+            tensor = tensor.narrow(*self.span)
+        tensor = tensor.reshape(tensor.shape[: tensor.dim() - self.trailing])
         if self.planar_dim is None:
             return tensor
         return (
@@ -33,15 +42,47 @@ class Entry(NamedTuple):
         )
 
     def to_theirs(self, tensor: Tensor) -> Tensor:
-        if self.point is not None:
-            return tensor[self.point]
-        if self.planar_dim is None:
-            return tensor
-        return (
-            tensor.unflatten(self.planar_dim, (PLANES, -1))
-            .movedim(self.planar_dim, self.planar_dim + 1)
-            .reshape(tensor.shape)
-        )
+        tensor = tensor[self.at]
+        if self.planar_dim is not None:
+            tensor = (
+                tensor.unflatten(self.planar_dim, (PLANES, -1))
+                .movedim(self.planar_dim, self.planar_dim + 1)
+                .reshape(tensor.shape)
+            )
+        return tensor.reshape(*tensor.shape, *[1] * self.trailing)
+
+
+def to_theirs(entries: Iterable[Entry], state: State) -> State:
+    """The published names and layouts of our `state`."""
+    published: State = {}
+    for entry in entries:
+        tensor = entry.to_theirs(state[entry.ours])
+        if entry.theirs in published and entry.span is not None:
+            tensor = torch.cat([published[entry.theirs], tensor], dim=entry.span[0])
+        published[entry.theirs] = tensor
+    return published
+
+
+def to_ours(entries: Iterable[Entry], published: State, like: State) -> State:
+    """Our state of the shapes of `like`; every key of the map must be in `published`."""
+    state: State = {}
+    for entry in entries:
+        tensor = entry.to_ours(published[entry.theirs])
+        if entry.at:
+            state.setdefault(entry.ours, tensor.new_empty(like[entry.ours].shape))[entry.at] = tensor
+        else:
+            state[entry.ours] = tensor
+    return state
+
+
+def for_file(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU: safetensors refuses tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def under(theirs: str, ours: str, entries: Iterable[Entry]) -> list[Entry]:
+    """The same map with a prefix before each name."""
+    return [e._replace(theirs=f"{theirs}{e.theirs}", ours=f"{ours}{e.ours}") for e in entries]
 
 
 def layer(theirs: str, ours: str, *, planar_dim: int | None = None, bias: bool = True) -> list[Entry]:
@@ -52,8 +93,8 @@ def layer(theirs: str, ours: str, *, planar_dim: int | None = None, bias: bool =
     return entries
 
 
-def points(theirs: str, ours: str) -> list[Entry]:
-    return [Entry(f"{theirs}.p{k}", f"{ours}.points", point=k) for k in range(4)]
+def points(theirs: str, ours: str, *, trailing: int = 0) -> list[Entry]:
+    return [Entry(f"{theirs}.p{k}", f"{ours}.points", at=(k,), trailing=trailing) for k in range(4)]
 
 
 def compressor_entries(downscales: int, attn_layers: int) -> list[Entry]:
@@ -89,34 +130,9 @@ def expander_entries(upscales: int) -> list[Entry]:
     return entries + layer("to_rgb_conv.6", "rgb_conv") + points("rgb_activation", "rgb")
 
 
-def entries_of(vae: FluxFlow08VAE) -> list[Entry]:
-    """The whole map of this architecture: `diffuser.compressor.*` and `diffuser.expander.*`."""
-    parts = {
-        "compressor": compressor_entries(vae.downscales, vae.attn_layers),
-        "expander": expander_entries(vae.upscales),
-    }
+def vae_entries(vae: FluxFlow08VAE) -> list[Entry]:
+    """`compressor.*` and `expander.*`."""
     return [
-        entry._replace(theirs=f"{PREFIX}{part}.{entry.theirs}", ours=f"{part}.{entry.ours}")
-        for part, entries in parts.items()
-        for entry in entries
+        *under("compressor.", "compressor.", compressor_entries(vae.downscales, vae.attn_layers)),
+        *under("expander.", "expander.", expander_entries(vae.upscales)),
     ]
-
-
-def to_theirs(vae: FluxFlow08VAE) -> dict[str, Tensor]:
-    """The published names and layouts, contiguous copies on the CPU."""
-    state = vae.state_dict()
-    return {
-        e.theirs: e.to_theirs(state[e.ours]).cpu().clone(memory_format=torch.contiguous_format) for e in entries_of(vae)
-    }
-
-
-def to_ours(vae: FluxFlow08VAE, published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict for `vae`; every key of the map must be in `published`."""
-    state: dict[str, Tensor] = {}
-    for entry in entries_of(vae):
-        tensor = published[entry.theirs]
-        if entry.point is None:
-            state[entry.ours] = entry.to_ours(tensor)
-        else:
-            state.setdefault(entry.ours, tensor.new_empty(4, *tensor.shape))[entry.point] = tensor
-    return state

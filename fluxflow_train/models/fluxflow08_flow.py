@@ -149,16 +149,16 @@ class ContextMixer(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.num_heads = max(1, width // MIXER_HEAD_WIDTH)
-        self.cls = nn.Parameter(torch.zeros(width))
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = xavier_linear(width, width), xavier_linear(width, 2 * width)
         self.out = xavier_linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, K, d) to (B, d)."""
-        rows = torch.cat([self.cls.expand(len(x), 1, -1), self.norm_in(x)], dim=1)
+        rows = torch.cat([self.cls.expand(len(x), -1, -1), self.norm_in(x)], dim=1)
         k, v = rearrange(self.key_value(rows), "b l (two n d) -> two b n l d", two=2, n=self.num_heads)
-        q = rearrange(self.query(self.cls), "(n d) -> n 1 d", n=self.num_heads).expand(len(x), -1, -1, -1)
+        q = rearrange(self.query(self.cls), "1 1 (n d) -> n 1 d", n=self.num_heads).expand(len(x), -1, -1, -1)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.norm_out(self.out(rearrange(y, "b n 1 d -> b (n d)")))
 

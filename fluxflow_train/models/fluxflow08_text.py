@@ -139,7 +139,7 @@ def published_distilbert(folder: str) -> Checkpoint:
     Raises:
         UserError: a file is missing.
     """
-    return Checkpoint(Path(folder), DISTILBERT_BASE, language_model, TEXT_WEIGHTS)
+    return Checkpoint(Path(folder), dict(DISTILBERT_BASE), language_model, TEXT_WEIGHTS)
 
 
 def language_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
