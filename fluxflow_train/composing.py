@@ -17,7 +17,7 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 from fluxflow_train.hardware import device_of, fastest_precision
 from fluxflow_train.run_directory import RunDirectory, new_run_id, refuse_differences, resumed_config
-from fluxflow_train.weights import DESCRIPTION, WEIGHTS, read_description
+from fluxflow_train.weights import DESCRIPTION, WEIGHTS, build, read_description
 
 console = Console(stderr=True)
 
@@ -40,6 +40,8 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
         device = device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto")
         cfg.trainer.precision = saved.trainer.precision if saved is not None else fastest_precision(device)
     if "vae" in cfg:
+        if cfg.vae == "latest" and saved is not None:  # a VAE trained since the run began is not its VAE
+            cfg.vae = saved.vae
         bind_vae(cfg)
     matched = match_widths(cfg)
     if saved is None:
@@ -78,8 +80,10 @@ def bind_vae(cfg: DictConfig) -> None:
     `cfg.vae` is a run directory or its model.safetensors, or "latest": the VAE run under outputs/ exported last.
 
     Raises:
-        UserError: there is no such run, or it is no VAE's.
+        UserError: there is no such run, it is no VAE's, or the flow was given other latent channels.
     """
+    if not cfg.vae:
+        raise UserError("a flow is trained on the latents of a VAE: say which with vae=DIR, its run directory")
     folder = latest_vae() if cfg.vae == "latest" else Path(cfg.vae).expanduser()
     if folder.suffix == ".ckpt":
         raise UserError(f"vae={folder} is for resuming: give the run directory, whose exported weights are used")
@@ -91,7 +95,16 @@ def bind_vae(cfg: DictConfig) -> None:
     cfg.vae, cfg.vae_sha256 = str(folder.absolute()), description["sha256"]
     cfg.model.vae = description["architecture"]
     with torch.device("meta"):
-        cfg.model.flow.latent_channels = instantiate(cfg.model.vae).latent_channels
+        vae: Any = build(description["architecture"])
+    channels = OmegaConf.to_container(cfg.model.flow).get("latent_channels", "???")  # type: ignore[union-attr]
+    if channels not in ("???", vae.latent_channels):
+        raise UserError(
+            f"model.flow.latent_channels={channels}, but the VAE in {folder} has {vae.latent_channels} latent "
+            "channels: leave it out, the VAE decides"
+        )
+    cfg.model.flow.latent_channels = vae.latent_channels
+    if "num_context_tokens" in cfg.model.flow:
+        cfg.model.flow.num_context_tokens = vae.stride.bit_length() - 1
 
 
 def latest_vae() -> Path:
@@ -124,18 +137,18 @@ def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
     if cfg.match == "none" or not different:
         return None
 
-    def build(**widths: list[int]) -> nn.Module:
-        resized = model.copy()
+    def resized(**widths: list[int]) -> nn.Module:
+        other = model.copy()
         for part, values in widths.items():
             key = matching.sizes[part]
-            resized[part][key] = values if OmegaConf.is_list(model[part][key]) else values[0]
-        return instantiate(resized)
+            other[part][key] = values if OmegaConf.is_list(model[part][key]) else values[0]
+        return instantiate(other)
 
     with torch.device("meta"):
         network = instantiate(reference)
     shapes = {part: model[part][matching.sizes[part]] for part in different}
     found = match(
-        build,
+        resized,
         network,
         widths={part: list(shape) if OmegaConf.is_list(shape) else [shape] for part, shape in shapes.items()},
         inputs=instantiate(matching.inputs),

@@ -20,6 +20,8 @@ from fluxflow_train.files import write_atomically
 READING = ("num_workers", "root", "cache_bytes", "source.root", "module.num_workers")
 READING += ("module.cache_dir", "module.cache_bytes", "module.source.root")
 FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", *(f"data.{key}" for key in READING))
+FREE += ("latents_device", "task.latents.device", "task.latents.root", "latents.device", "latents.root")
+FREE += ("vae", "task.vae")  # a VAE may move; that its weights stay the same is checked
 HERE = "<run>"  # stands for the run directory while the configuration is resolved
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError)
 

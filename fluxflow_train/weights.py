@@ -27,6 +27,7 @@ BUILDABLE = {
         "models.fluxflow08.FluxFlow08VAE",
         "models.fluxflow08_flow.FluxFlow08Flow",
         "models.fluxflow08_text.FluxFlow08Text",
+        "models.fluxflow08_text.published_distilbert",
         "models.text_to_image.TextToImage",
         "models.text.TextEncoder",
         "models.text_backbones.minilm",
@@ -86,8 +87,13 @@ def load_weights(model: nn.Module, folder: str, sha256: str) -> None:
 def read_description(folder: Path) -> dict[str, Any]:
     """`model.json`. Raises UserError where it is missing or damaged."""
     try:
-        return json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads((folder / DESCRIPTION).read_text())
+        if not {"architecture", "sha256"} <= set(description):
+            raise UserError(f"{folder / DESCRIPTION} describes no model of ours: give the folder of a finished run")
+        return description
     except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: give the directory of a finished run") from error
         raise UserError(
             f"{error.filename} is missing: the run has not finished; resume it: python -m fluxflow_train run={folder}"
         ) from error

@@ -62,10 +62,10 @@ class PromptGrid(L.Callback):
         write_atomically(self.folder / f"images_{self.drawn_at:09d}.png", png(sheet, shared(settings, weights=None)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn_at": self.drawn_at, "prompts": self.prompts}
+        return {"drawn_at": self.drawn_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.drawn_at, self.prompts = state_dict["drawn_at"], state_dict["prompts"]
+        self.drawn_at = state_dict["drawn_at"]
 
 
 def settings_of(sampler: dict[str, Any], seed: int) -> Settings:

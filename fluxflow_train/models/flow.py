@@ -24,12 +24,13 @@ GATE_MOMENTS = (0.293, 0.42)  # E[sigmoid(x)^2]: of the first block's x ~ N(0, 1
 
 
 def time_features(t: Tensor) -> Tensor:
-    """(B,) in [0, 1] to (B, 256) sines and cosines of 1000 t, periods from 6 to 60,000.
+    """(B,) in [0, 1] to (B, 256) sines and cosines of 1000 t, periods from 6 to 60,000, in fp32 at least.
 
     Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
-    frequencies = torch.exp(-math.log(10_000) / TIME_FREQUENCIES * torch.arange(TIME_FREQUENCIES, device=t.device))
-    angles = 1000 * t.float()[:, None] * frequencies
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    steps = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=t.dtype)
+    angles = 1000 * t[:, None] * torch.exp(-math.log(10_000) / TIME_FREQUENCIES * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -224,7 +225,7 @@ class PillarTransformer(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, z: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """z (B, D, h, w), t (B,) in [0, 1] to (B, D, h, w) in fp32 at least."""
+        """z (B, D, h, w), t (B,) in [0, 1] to (B, D, h, w)."""
         grid = (z.shape[-2], z.shape[-1])
         tokens, mask = text.tokens, text.mask
         if self.text_tokens == "pooled":

@@ -60,20 +60,20 @@ def add_coordinates(x: Tensor) -> Tensor:
     return torch.cat([x, xs, ys], dim=1)
 
 
-def rotary_angles(h: int, w: int, dim: int, device: torch.device) -> Tensor:
+def rotary_angles(h: int, w: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Rotation angles of an h x w grid, row-major: (h * w, dim / 2); half of them turn with y, half with x.
 
     Source: Su et al. 2021, "RoFormer", in its axial 2-D form (Heo et al. 2024).
     """
-    freqs = 100.0 ** -torch.linspace(0, 1, dim // 4, device=device)  # grids have up to ~100 cells a side
+    freqs = 100.0 ** -torch.linspace(0, 1, dim // 4, device=device, dtype=dtype)  # grids have up to ~100 cells a side
     ys = torch.arange(h, device=device).repeat_interleave(w)
     xs = torch.arange(w, device=device).repeat(h)
     return torch.cat([ys[:, None] * freqs, xs[:, None] * freqs], dim=-1)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of (B, N, L, D) by `angles` (L, D/2)."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Turn the pairs (x[i], x[i + D/2]) of (B, N, L, D) by `angles` (L, D/2), in their precision."""
+    a, b = x.to(angles.dtype).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
@@ -93,8 +93,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
-        angles = rotary_angles(*grid, dim=q.shape[-1], device=x.device)
-        q, k = (rotate(norm(x), angles) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        precision = torch.promote_types(q.dtype, torch.float32)
+        angles = rotary_angles(*grid, dim=q.shape[-1], device=x.device, dtype=precision)
+        q, k = (rotate(norm(x.to(precision)), angles) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(rearrange(y, "b n l d -> b l (n d)"))
 

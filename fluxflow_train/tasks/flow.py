@@ -127,7 +127,7 @@ class FlowTask(BudgetTask):
         optimizer: Any = self.optimizers()
         self.set_learning_rate([optimizer], num_images)
         noised = self.noised(batch)
-        dropped = self.draws(batch, "cfg-dropout", 1)[:, 0] < self.cfg_dropout_prob
+        dropped = self.dropped(batch)
         loss = self.losses(batch, noised, dropped).mean()
         logs = {"loss": loss.detach(), "dropped": dropped.float().mean()}
         self.update(optimizer, self, loss, batch, logs)
@@ -138,6 +138,10 @@ class FlowTask(BudgetTask):
         mean, logvar = self.posterior(batch)
         z = reparameterise(mean, logvar, self.normal(batch, "posterior", mean))
         return Noised(z, self.normal(batch, "eps", z), self.objective.times(self.draws(batch, "time", 2)))
+
+    def dropped(self, batch: dict) -> Tensor:
+        """(B,) bool: the samples that are trained with the null condition."""
+        return self.draws(batch, "cfg-dropout", 1)[:, 0] < self.cfg_dropout_prob
 
     def posterior(self, batch: dict) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of the standardised latents, each (B, D, h, w)."""

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from fluxflow_train import losses, rng, schedule
 from fluxflow_train.data.datamodule import ImageData
-from fluxflow_train.latent_statistics import measure_latents
 from fluxflow_train.metrics import reconstruction as metrics
 from fluxflow_train.models.vae import VAEOutput
 from fluxflow_train.pixels import dequantize, quantize
@@ -63,6 +62,7 @@ class VAETask(BudgetTask):
         clip_norm: float,
         log_every: int,
         max_bad_steps: int,
+        latent_statistics: Callable[[nn.Module, ImageData, torch.device], None] | None,
         adversary: Adversary | None = None,
         perceptual: nn.Module | None = None,
         perceptual_weight: float = 0.0,
@@ -73,6 +73,7 @@ class VAETask(BudgetTask):
             reconstruction: (x_hat, x) -> scalar.
             kl_warmup: fraction of the budget.
             free_bits: nats per latent element below which a channel's KL costs nothing.
+            latent_statistics: measures the trained VAE's latents before the export; None leaves them as they are.
             perceptual: frozen, (x_hat, x) -> scalar; not in checkpoints.
         """
         super().__init__(budget_images, seed, lr_warmup, lr_final, clip_norm, log_every, max_bad_steps)
@@ -85,6 +86,7 @@ class VAETask(BudgetTask):
         self.perceptual_weight = perceptual_weight
         self.optimizer = optimizer
         self.reconstruction = reconstruction
+        self.latent_statistics = latent_statistics
         self.kl_weight, self.kl_warmup, self.free_bits = kl_weight, kl_warmup, free_bits
 
     # ---- optimizers ----
@@ -118,12 +120,12 @@ class VAETask(BudgetTask):
 
     def before_export(self, images: ImageData) -> None:
         """Measure the latents of the weights as they now are: a flow wants them standardised."""
-        measure_latents(self.vae, images, self.device)
+        if self.latent_statistics is not None:
+            self.latent_statistics(self.vae, images, self.device)
 
     def description(self) -> dict[str, Any]:
         """What `model.json` must say of the model."""
         return {
-            "latent": {"mean": self.vae.latent_mean.tolist(), "std": self.vae.latent_std.tolist()},
             "provenance": {
                 "reconstruction": self.reconstruction.__name__,
                 "perceptual": "none" if self.perceptual is None else type(self.perceptual).__name__,
