@@ -97,7 +97,7 @@ def test_unequal_halves_are_refused() -> None:
 
 def test_rotary_attention_sees_relative_positions_only() -> None:
     """The product of two rotated tokens depends on their distance, not on where they are."""
-    angles = rotary_angles(4, 5, 16, torch.device("cpu"))
+    angles = rotary_angles(4, 5, 16, torch.device("cpu"), torch.float32)
     q, k = torch.randn(2, 16)
     grid = rotate(q.expand(1, 1, 20, 16), angles)[0, 0] @ rotate(k.expand(1, 1, 20, 16), angles)[0, 0].T
     here, there = (0 * 5 + 0, 2 * 5 + 1), (1 * 5 + 3, 3 * 5 + 4)  # both are (2, 1) apart
