@@ -103,7 +103,7 @@ def bind_vae(cfg: DictConfig) -> None:
             "channels: leave it out, the VAE decides"
         )
     cfg.model.flow.latent_channels = vae.latent_channels
-    if "num_context_tokens" in cfg.model.flow:
+    if OmegaConf.is_missing(cfg.model.flow, "num_context_tokens"):
         cfg.model.flow.num_context_tokens = vae.stride.bit_length() - 1
 
 
