@@ -28,7 +28,7 @@ from fluxflow_train.reports.real_images import distances
 from fluxflow_train.reports.results import Result, mean_result, result
 
 RIVALS = {
-    "reconstruction": "the VAE alone, on the real images",
+    "reconstruction": "VAE alone, of real images",
     "noise_floor": "real against real",
     "noise": "decoded noise",
 }
@@ -103,7 +103,7 @@ def kid_results(sets: dict[str, Tensor], train: Tensor, seed: int) -> tuple[list
             results.append(floor)
         else:
             warnings.append(f"no real-against-real noise floor: {len(train)} training images are no two sets of {n}")
-    results.append(kid_to_train("kid_train", train, sets["drawn"], seed, label="KID to training images"))
+    results.append(kid_to_train("kid_train", train, sets["drawn"], seed, label="KID to the training images"))
     for rival, label in {"split": "the split's own images", **RIVALS}.items():
         if rival != "noise_floor":
             words = {"label": label, "baseline_of": "kid_train", "baseline": rival}
@@ -204,20 +204,21 @@ def nearest_results(drawn: Tensor, real: Tensor, train: Tensor, unit: str) -> li
 def caption_results(by_noise: Tensor) -> list[Result]:
     """How much the caption and the noise each change, in mean absolute grey levels; by_noise (P, K, 3, H, W) uint8."""
     flat = by_noise.flatten(2).float()
-    label, words = "Change by the caption, at equal noise", {"unit": "grey levels", "better": "higher"}
+    label, words = "Change by the caption", {"unit": "grey levels", "better": "higher"}
     return [
         result(
             "caption_effect",
             mean_difference(list(flat.unbind(1))),
             label=label,
             num_images=flat.shape[0] * flat.shape[1],
-            note="mean absolute difference of pixels; a model that ignores its captions has 0",
+            note="mean absolute difference of pixels between captions at equal noise, beside that between noises at "
+            "equal caption; a model that ignores its captions has 0",
             **words,
         ),
         result(
             "noise_effect",
             mean_difference(list(flat.unbind(0))),
-            label="change by the noise, at equal caption",
+            label="change by the noise",
             num_images=flat.shape[0] * flat.shape[1],
             baseline_of="caption_effect",
             baseline="other_noise",
