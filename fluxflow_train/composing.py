@@ -85,10 +85,10 @@ def bind_vae(cfg: DictConfig) -> None:
     if not cfg.vae:
         raise UserError("a flow is trained on the latents of a VAE: say which with vae=DIR, its run directory")
     folder = latest_vae() if cfg.vae == "latest" else Path(cfg.vae).expanduser()
-    if folder.suffix == ".ckpt":
-        raise UserError(f"vae={folder} is for resuming: give the run directory, whose exported weights are used")
     if folder.name == WEIGHTS:
         folder = folder.parent
+    if folder.is_file():
+        raise UserError(f"vae={folder} is no exported model: give the run directory, whose {WEIGHTS} is used")
     description = read_description(folder)
     if "vae" in description["architecture"]:
         raise UserError(f"vae={folder} is a run of flow training: give the run directory of a VAE")

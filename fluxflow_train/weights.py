@@ -128,7 +128,7 @@ def build(node: Any) -> Any:
     arguments = {name: build(value) for name, value in node.items() if name != "_target_"}
     if "_target_" not in node:
         return arguments
-    if node["_target_"] not in BUILDABLE:
+    if str(node["_target_"]) not in BUILDABLE:
         raise UserError(f"{DESCRIPTION} asks for {node['_target_']}, which is no model of ours: do not use that folder")
     module, _, name = node["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)(**arguments)

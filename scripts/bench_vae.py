@@ -120,6 +120,7 @@ def ours(precision: str) -> Callable[[], None]:
             clip_norm=1.0,
             log_every=512,
             max_bad_steps=10,
+            latent_statistics=None,
             adversary=adversary,
         )
         L.Trainer(

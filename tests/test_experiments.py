@@ -11,11 +11,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fluxflow_train.cli import config_folder
+from fluxflow_train.composing import match_widths
 from fluxflow_train.models.activations import ARM_NAMES
 from fluxflow_train.models.activations import arm as build_arm
-from fluxflow_train.run import build_trainer, match_widths
+from fluxflow_train.run import build_trainer
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+WITH_ARMS = ("vae_bezier", "vae_relu")
 Config = Callable[..., DictConfig]
 
 
@@ -48,8 +50,13 @@ def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("arm", ARM_NAMES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_composes_under_its_own_name(config: Config, experiment: str) -> None:
+    assert config(f"+experiment={experiment}", small=False).name == experiment
+
+
+@pytest.mark.parametrize("arm", ARM_NAMES)
+@pytest.mark.parametrize("experiment", WITH_ARMS)
 def test_experiment_and_arm_take_a_step(config: Config, experiment: str, arm: str) -> None:
     cfg = config(f"+experiment={experiment}", f"activation={arm}", "match=none")
     task = build_task(cfg)

@@ -135,10 +135,10 @@ class PillarBlock(nn.Module):
         r = self.pillars[2](F.silu(self.pillars[1](hidden))).view(PILLARS, b, length, width)
         queries = rearrange(self.pillar_norm(r), "k b l c -> b (k l) c")
         attended = self.pillar_attention(queries, text, mask)
-        points = r + rearrange(attended, "b (k l) c -> k b l c", k=PILLARS)
+        produced = r + rearrange(attended, "b (k l) c -> k b l c", k=PILLARS)
         t = x + self.point(self.point_norm(x))
-        y = self.curve(t.to(points.dtype), points)
-        return (x + y if self.residual else y), points
+        y = self.curve(t.to(produced.dtype), produced)
+        return (x + y if self.residual else y), produced
 
     def curve(self, t: Tensor, points: Tensor) -> Tensor:
         """B(sigmoid(t); points), feature by feature where the layout is planar."""

@@ -204,16 +204,16 @@ def nearest_results(drawn: Tensor, real: Tensor, train: Tensor, unit: str) -> li
 def caption_results(by_noise: Tensor) -> list[Result]:
     """How much the caption and the noise each change, in mean absolute grey levels; by_noise (P, K, 3, H, W) uint8."""
     flat = by_noise.flatten(2).float()
-    label, words = "Change by the caption", {"unit": "grey levels", "better": "higher"}
     return [
         result(
             "caption_effect",
             mean_difference(list(flat.unbind(1))),
-            label=label,
+            label="Change by the caption",
             num_images=flat.shape[0] * flat.shape[1],
             note="mean absolute difference of pixels between captions at equal noise, beside that between noises at "
             "equal caption; a model that ignores its captions has 0",
-            **words,
+            unit="grey levels",
+            better="higher",
         ),
         result(
             "noise_effect",
@@ -222,7 +222,8 @@ def caption_results(by_noise: Tensor) -> list[Result]:
             num_images=flat.shape[0] * flat.shape[1],
             baseline_of="caption_effect",
             baseline="other_noise",
-            **words,
+            unit="grey levels",
+            better="higher",
         ),
     ]
 

@@ -48,7 +48,7 @@ def test_a_worker_that_dies_ends_the_benchmark(tmp_path: Path, monkeypatch: pyte
         worker.round()
 
 
-@pytest.mark.parametrize("script", ["bench_bezier.py", "bench_vae.py"])
+@pytest.mark.parametrize("script", ["bench_bezier.py", "bench_flow.py", "bench_vae.py"])
 def test_help(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0 and "--peer-python" in done.stdout
@@ -59,6 +59,7 @@ def test_help(script: str) -> None:
     ("script", "keys"),
     [
         ("bench_bezier.py", {"speedup_fp32", "speedup_bf16", "copy_ratio"}),
+        ("bench_flow.py", {"train_speedup_bf16", "sample_speedup_fp32", "sample_speedup_bf16"}),
         ("bench_vae.py", {"speedup_fp32", "speedup_bf16", "memory_ratio", "peak_fraction"}),
     ],
 )
