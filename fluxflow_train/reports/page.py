@@ -51,7 +51,9 @@ def number(value: float | None, unit: str = "") -> str:
         return f"{value:,.0f}"
     if unit == "images/s":
         return f"{value:.3g}"
-    return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:.4g}"
+    if 0.001 <= abs(value) < 1:
+        return f"{value:.4f}"
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def plain(value: Any) -> str:
