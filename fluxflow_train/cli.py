@@ -98,8 +98,8 @@ def one_line(error: BaseException) -> str:
 def suggestion(error: BaseException) -> str:
     """The nearest valid name to the one that Hydra did not find."""
     text = str(error)
-    if type(error).__name__ == "LexerNoViableAltException" or "LexerNoViableAlt" in text:
-        return """ Quote a value that is not plain ASCII twice: "prompts=['红心']\""""
+    if "LexerNoViableAlt" in f"{type(error).__name__} {text}":
+        return """ Quote a value with spaces or letters beyond ASCII twice: "prompts=['red heart', '红心']\""""
     if "mismatched input" in text or "token recognition" in text:
         return """ Quote a value that has { } , = or spaces twice: "data.train='/data/train-{000..099}.tar'\""""
     option = re.search(r"Could not find '([^']+)'", text)

@@ -208,7 +208,8 @@ def sample(cfg: DictConfig) -> None:
     *_, sheet = pictures.write_pictures(
         out, images, requests, settings, columns=columns, weights=pipeline.description["sha256"]
     )
-    console.print(f"{len(requests)} pictures and {sheet}", highlight=False, markup=False, soft_wrap=True)
+    noun = "picture" if len(requests) == 1 else "pictures"
+    console.print(f"{len(requests)} {noun} and {sheet}", highlight=False, markup=False, soft_wrap=True)
 
 
 def refuse_other_types(cfg: DictConfig) -> None:

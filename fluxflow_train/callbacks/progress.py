@@ -62,7 +62,7 @@ class ImagesProgress(L.Callback):
             elapsed = time.perf_counter() - clock
             left = elapsed / max(1, seen - images) * (pl_module.budget_images - seen)
             self.console.print(
-                f"{seen:,}/{pl_module.budget_images:,} images, {elapsed:.0f} s, {left:.0f} s left, "
+                f"{seen:,}/{pl_module.budget_images:,} images, {elapsed:.0f} s, {max(0.0, left):.0f} s left, "
                 f"{(seen - images) / elapsed:.0f} images/s, {self.scalars(pl_module)}",
                 highlight=False,
                 soft_wrap=True,
