@@ -6,6 +6,7 @@ B batch, H W pixels, F feature width.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Extractor(nn.Module, ABC):
 
     def fingerprint(self) -> list[float]:
         """Mean feature of 8 fixed images: tells another version or precision of the arithmetic apart."""
-        device = next(self.parameters()).device
+        device = next(chain(self.parameters(), self.buffers())).device
         return [round(v, 6) for v in self(fixed_images().to(device)).mean(1).tolist()]
 
 

@@ -82,8 +82,8 @@ class Inception(InceptionFeatures):
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != CANONICAL_SHA256 and not allow_other_weights:
             raise UserError(
-                f"{path} is not {FILE}, by which FID is defined (sha256 {sha256[:8]}..., not {CANONICAL_SHA256[:8]}...):"
-                f" fetch {URL} again, or set allow_other_weights=true, and no result will be called FID"
+                f"{path} is not {FILE}, by which FID is defined (sha256 {sha256[:8]}..., not {CANONICAL_SHA256[:8]}...)"
+                f": fetch {URL} again, or set allow_other_weights=true, and no result will be called FID"
             )
         super().__init__(with_weights(read(data, path), path), resizer, path.name, sha256)
 
@@ -92,8 +92,9 @@ def calibrated_random_inception(seed: int, resizer: str = "tf1") -> InceptionFea
     """Random weights for tests and smoke runs, whose features differ between images as trained ones do.
 
     Kaiming's normal draw for the convolutions (He et al. 2015, "Delving deep into rectifiers", eq. 10), then one batch
-    sets the statistics of every BatchNorm; left at 0 and 1, features vanish (1e-8). The hash is of what was drawn: the
-    statistics follow from it, but for rounding.
+    sets the statistics of every BatchNorm; left at 0 and 1, features vanish (1e-8). BatchNorm's scale of 1/2 and shift
+    of 1 let most activations pass the ReLU: at 1 and 0 a hundred layers make 1e-4 of fp32's rounding. The hash is of
+    what was drawn: the statistics follow from it, but for rounding.
     """
     drawn: dict[str, Tensor] = {}
     network = layers().to_empty(device="cpu")
@@ -104,6 +105,8 @@ def calibrated_random_inception(seed: int, resizer: str = "tf1") -> InceptionFea
             module.weight.data.copy_(drawn[f"{name}.weight"])
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
+            nn.init.constant_(module.weight, 0.5)
+            nn.init.constant_(module.bias, 1.0)
             module.momentum = None  # running statistics become the plain average of one batch
     with torch.no_grad():
         network.train()(normalized(calibration_images(seed)))
@@ -199,7 +202,9 @@ def download(url: str, path: Path, sha256: str) -> None:
         with urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
             data = answer.read()
     except (OSError, HTTPException) as error:
-        raise UserError(f"no Inception weights at {path}, and none came from the network ({error}): {remedy}") from error
+        raise UserError(
+            f"no Inception weights at {path}, and none came from the network ({error}): {remedy}"
+        ) from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"what came from {url} is not the Inception weights (a proxy's page?): {remedy}")
     try:

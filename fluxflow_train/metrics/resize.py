@@ -1,4 +1,4 @@
-"""The three ways in which published FIDs bring an image to the extractor's size; which one is part of a protocol's name.
+"""The three ways in which published FIDs bring an image to the extractor's size: part of a protocol's name.
 
 B batch, H W pixels, S side. Each gives 8-bit images, rounded to nearest: on an S x S image every implementation's own
 resizer is the identity (scale 1, weights 0 and 1), so whoever measures our images measures what we did. The published
@@ -60,7 +60,7 @@ def tf1(x: Tensor, side: int) -> Tensor:
 
 
 def clean(image: Tensor, side: int) -> Tensor:
-    """PIL's antialiased bicubic on each channel in float: uint8 (B, 3, H, W) to float (B, 3, S, S), beyond [0, 255] too.
+    """PIL's antialiased bicubic by channel, in float: uint8 (B, 3, H, W) to float (B, 3, S, S), beyond [0, 255] too.
 
     On the CPU, where PIL is: the same bits on any device.
     Source: Parmar et al. 2022, "On aliased resizing and surprising subtleties in GAN evaluation"; clean-fid's "clean".
