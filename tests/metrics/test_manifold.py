@@ -55,6 +55,13 @@ def test_a_copy_is_perfect() -> None:
     assert density_coverage(x, x.clone()) == (pytest.approx(1), 1)
 
 
+def test_the_rim_belongs_to_the_ball_of_precision_alone() -> None:
+    """Two real points with radius 2, fakes at that distance: <= in Kynkaanniemi's definition, < in Naeem's."""
+    real, fake = torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [-2.0], [5.0], [9.0]])
+    assert precision_recall(real, fake, k=1)[0] == 0.5
+    assert density_coverage(real, fake, k=1) == (0, 0)
+
+
 def test_sets_far_apart_share_nothing() -> None:
     assert precision_recall(normal(30, 4), normal(30, 4, seed=1) + 100) == (0, 0)
     assert density_coverage(normal(30, 4), normal(30, 4, seed=1) + 100) == (0, 0)
