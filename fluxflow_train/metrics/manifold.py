@@ -61,8 +61,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
     """Mean number of real balls around a fake, over k, and the part of the real balls with a fake in them.
 
     A ball is what lies nearer to a real image than its k-th real neighbour. Density can exceed 1; between two large
-    sets of one distribution it is 1 and coverage is 1 - 2^-k.
-    Source: Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models", eq. 3 to 5.
+    sets of one distribution it is 1, and coverage is 1 - 2^-k where they are equally large.
+    Source: Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models", section 3.
 
     Raises:
         ValueError: fewer than k + 1 real images, or no fake one.

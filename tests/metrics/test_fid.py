@@ -78,7 +78,7 @@ def test_small_sets_are_refused() -> None:
 def test_no_global_generator_is_touched_and_draws_repeat() -> None:
     real, fake = skewed(150), skewed(150, seed=1)
     reference = moments(real, real[0])
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
 
     def everything() -> list[object]:
         draw = rng.generator(3, "test")
@@ -92,6 +92,6 @@ def test_no_global_generator_is_touched_and_draws_repeat() -> None:
 
     first = everything()
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == states[1] and random.getstate() == states[2]
     torch.manual_seed(1)
     assert everything() == first

@@ -77,7 +77,7 @@ def test_a_mode_that_is_dropped_costs_recall_and_coverage() -> None:
 
 
 def test_one_distribution_has_the_published_expectation() -> None:
-    """E density = 1, E coverage = 1 - 2^-k for large sets. Source: Naeem et al. 2020, section 3.3."""
+    """E density = 1, E coverage = 1 - 2^-k for large sets. Source: Naeem et al. 2020, section 3."""
     density, coverage = density_coverage(normal(2000, 8), normal(2000, 8, seed=1), k=5)
     assert density == pytest.approx(1, abs=0.05) and coverage == pytest.approx(1 - 2**-5, abs=0.02)
 
