@@ -51,8 +51,8 @@ class ModuleExtractor(Extractor):
         self.name = name
         self.side = side
         self.resizer = resizer
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([float(v) for v in mean]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([float(v) for v in std]).view(1, 3, 1, 1), persistent=False)
         self.module = module.float().requires_grad_(False)
         self.eval()
         self.weights_name = type(module).__name__
