@@ -110,10 +110,9 @@ def read(path: Path) -> nn.Module:
     try:
         if json.loads((path / CONFIG).read_text())["model_type"] != "clip":
             raise UserError(f"the model in {path} is no CLIP: {REMEDY}")
-        with torch.random.fork_rng(devices=[]):
-            loaded: Any = CLIPModel.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
+        loaded: Any = CLIPModel.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"the CLIP in {path} is damaged ({type(error).__name__}): fetch it again") from error
     model, found = loaded
