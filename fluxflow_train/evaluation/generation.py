@@ -16,7 +16,7 @@ from fluxflow_train.evaluation import showing
 from fluxflow_train.evaluation.filling import discard_damaged, fill
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.place import Place
-from fluxflow_train.evaluation.reference import RealFeatures
+from fluxflow_train.evaluation.reference import Need, Real
 from fluxflow_train.evaluation.report import Measured, front, report_of
 from fluxflow_train.evaluation.results import Findings, distances, means, merged
 from fluxflow_train.evaluation.samples import PICTURES, keep_pictures, picture_digests
@@ -115,11 +115,9 @@ class Drawings:
     def artist(self, scale: float) -> Artist:
         return Artist(self.model, self.objective, self.settings[scale], self.place.device)
 
-    def needed(self) -> list[tuple[Images, int]]:
-        """Real images whose features must be there first, and how many of them: all."""
-        place = self.place
-        wanted = dict.fromkeys((place.reference_images, place.train_images))
-        return [(images, len(images)) for images in wanted if images is not None]
+    def needs(self) -> list[Need]:
+        """Real images whose features must be there first: the whole reference."""
+        return self.place.needs(len(self.place.reference_images))
 
     def fill(self, folder: Path) -> None:
         place = self.place
@@ -132,20 +130,17 @@ class Drawings:
 
     def report(self, folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         place = self.place
-        real = place.reference.read(place.reference_images, len(place.reference_images))
-        train = (
-            real if place.train_images is None else place.reference.read(place.train_images, len(place.train_images))
-        )
-        measured = [self.measured(folder, scale, real, train) for scale in self.scales]
-        setting, head = place.setting(real), self.scales[0]
+        real = place.real(len(place.reference_images))
+        measured = [self.measured(folder, scale, real) for scale in self.scales]
+        setting, head = place.setting(real.reference), self.scales[0]
         pictures, drawn = folder / PICTURES / name_of(head), measured[0].rows["features"]
         shown = {
             **front(setting, measured),
             "curves": figures.training_curves(self.run_dir / "metrics.csv"),
             "bezier": showing.flow_curves(self.artist(head), place.images),
             "captioned": showing.captioned(place.images, pictures, place.count),
-            "neighbours": showing.neighbours(place.images, pictures, drawn, train, place.extractor, place.device)
-            if place.train_images is not None
+            "neighbours": showing.neighbours(place.images, pictures, drawn, real.train, place.extractor, place.device)
+            if place.protocol.train_split is not None
             else [],
             "neighbour_unit": "",
             "triples": [],
@@ -154,13 +149,11 @@ class Drawings:
         model = flow.describe(self.artist(head), sampling) | {"sampling": self.sampling(self.settings[head])}
         return report_of(setting, measured, model | provenance.get("model", {}), provenance, shown)
 
-    def measured(self, folder: Path, scale: float, real: RealFeatures, train: RealFeatures) -> Measured:
+    def measured(self, folder: Path, scale: float, real: Real) -> Measured:
         """The numbers of one guidance scale."""
         place = self.place
         rows, _ = place.store(folder, name_of(scale), self.key).read(place.count)
-        found = distances(
-            place.extractor, real.features, real.degraded, rows["features"], train.features, place.options.seed, False
-        )
+        found = distances(place.extractor, real, rows["features"], place.options.seed)
         return Measured(scale, rows, merged([found, Findings(means(rows))]))
 
 

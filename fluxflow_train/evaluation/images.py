@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class Images:
     Limits of images and what is done without a caption are fixed here: no option of a run changes the list.
 
     Raises:
-        UserError: the split is not there, or has fewer than `wanted` images.
+        UserError: the split is not there.
     """
 
     def __init__(
@@ -69,7 +70,6 @@ class Images:
         source: Source | TarFolder,
         split: str,
         resolution: int,
-        wanted: int | None,
         cache: Path,
         num_workers: int,
     ) -> None:
@@ -77,16 +77,17 @@ class Images:
         self.split, self.resolution, self.num_workers = split, resolution, num_workers
         self.selection = Selection(Index(shards_of(source, split), cache), Policy())
         keys = [self.selection.index.key(self.selection.row(sample)) for sample in range(len(self.selection))]
-        order = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(keys[i].encode()).digest(), i))
-        if wanted is not None and wanted > len(order):
-            raise UserError(
-                f"num_images={wanted}, but the split {split} has {len(order)}: give at most that many, or other data"
-            )
-        self.samples = order if wanted is None else order[:wanted]
+        self.samples = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(keys[i].encode()).digest(), i))
         self.keys = [keys[sample] for sample in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def first(self, count: int) -> "Images":
+        """The list's first images alone, or all where there are no more."""
+        part = copy(self)
+        part.samples, part.keys = self.samples[:count], self.keys[:count]
+        return part
 
     @property
     def list_sha256(self) -> str:

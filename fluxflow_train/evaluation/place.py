@@ -13,7 +13,7 @@ from fluxflow_train.evaluation.extractors import ExtractorOptions, open_extracto
 from fluxflow_train.evaluation.images import Images, source_of
 from fluxflow_train.evaluation.protocol import OWN, Protocol, digest
 from fluxflow_train.evaluation.ranks import Ranks
-from fluxflow_train.evaluation.reference import MAX_TRAIN, RealFeatures, Reference
+from fluxflow_train.evaluation.reference import MAX_TRAIN, Need, Real, RealFeatures, Reference, degraded, original
 from fluxflow_train.evaluation.report import Setting
 from fluxflow_train.evaluation.store import FeatureStore
 from fluxflow_train.hardware import device_of
@@ -54,25 +54,23 @@ class Place:
         """Raises UserError where something is not at hand; before anything is computed."""
         protocol = protocols.resolved(protocol, resolution)
         self.device = rank_device(options.device, ranks)
-        self.options, self.ranks = options, ranks
+        self.options, self.ranks, self.root = options, ranks, root
         self.extractor = open_extractor(protocol, options.extractor, built, self.device)
         source = source_of(protocol, own, root)
 
-        def images_of(split: str, wanted: int | None) -> Images:
-            return Images(source, split, int(protocol.resolution), wanted, root, options.num_workers)
+        ranks.first(source.prepare)  # writes what the others then find
 
-        def index() -> None:
-            source.prepare()
-            images_of(protocol.split, protocol.num_images)
+        def images_of(split: str) -> Images:
+            return Images(source, split, int(protocol.resolution), root, options.num_workers)
 
-        ranks.first(index)  # writes shards and indices, which the others then find
-        self.images = images_of(protocol.split, protocol.num_images)
-        other = protocol.reference_split != protocol.split
-        self.reference_images = images_of(protocol.reference_split, None) if other else self.images
-        self.train_images = None
-        if protocol.train_split is not None:
-            found = images_of(protocol.train_split, None)
-            self.train_images = images_of(protocol.train_split, min(len(found), MAX_TRAIN))
+        every = images_of(protocol.split)
+        self.images = self.evaluated(protocol, every)
+        self.reference_images = self.images
+        if protocol.reference_split != protocol.split:
+            self.reference_images = images_of(protocol.reference_split)
+        self.train_images = self.reference_images
+        if protocol.train_split not in (None, protocol.reference_split):
+            self.train_images = images_of(protocol.train_split).first(MAX_TRAIN)
         if protocol.dataset == OWN:
             fingerprints = [each.selection.fingerprint for each in (self.images, self.reference_images)]
             protocol = replace(protocol, dataset=f"{type(source).__name__}-{digest(fingerprints)[:16]}")
@@ -80,16 +78,43 @@ class Place:
         self.count = self.requested(options.num_images)
         self.reference = Reference(protocol, self.extractor, self.device, root)
 
+    def evaluated(self, protocol: Protocol, every: Images) -> Images:
+        """The protocol's part of the split. Raises UserError where the split is smaller."""
+        wanted = protocol.num_images
+        if wanted is not None and wanted > len(every):
+            raise UserError(
+                f"protocol {protocol.id} is of {wanted:,} images, but {protocol.dataset} has {len(every):,} of split "
+                f"{protocol.split}: complete the data in {self.root}, or lower num_images in a protocol of your own"
+            )
+        return every if wanted is None else every.first(wanted)
+
     def requested(self, wanted: int | None) -> int:
         """N. Raises UserError for more than there are."""
         if wanted is None:
             return len(self.images)
         if not 1 <= wanted <= len(self.images):
             raise UserError(
-                f"num_images={wanted}, but protocol {self.protocol.id} has {len(self.images):,} images: give 1 to "
-                f"{len(self.images)}, or leave it out for all"
+                f"num_images={wanted}, but protocol {self.protocol.id} has {len(self.images)} images and prompts: give "
+                f"1 to {len(self.images)}, or leave it out for all"
             )
         return wanted
+
+    def needs(self, count: int) -> list[Need]:
+        """Real images whose features an evaluation stands on, `count` of the reference."""
+        wanted = [Need(self.reference_images, count, original), Need(self.reference_images, count, degraded)]
+        if self.train_images is not self.reference_images:
+            wanted.append(Need(self.train_images, len(self.train_images), original))
+        return wanted
+
+    def real(self, count: int) -> Real:
+        """What `needs` asked for."""
+        reference, degraded_reference = (
+            self.reference.read(self.reference_images, count, view) for view in (original, degraded)
+        )
+        train = reference
+        if self.train_images is not self.reference_images:
+            train = self.reference.read(self.train_images, len(self.train_images), original)
+        return Real(reference, degraded_reference.features, train)
 
     def key(self, weights_sha256: str, sampling: dict[str, Any]) -> str:
         """sha256 of all that the stored rows of a model's pictures depend on."""

@@ -14,8 +14,9 @@ from fluxflow_train.evaluation import showing
 from fluxflow_train.evaluation.filling import discard_damaged, fill
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.place import Place
+from fluxflow_train.evaluation.reference import Need
 from fluxflow_train.evaluation.report import Measured, front, report_of
-from fluxflow_train.evaluation.results import Findings, distances, means, merged
+from fluxflow_train.evaluation.results import Findings, means, merged, paired_distances
 from fluxflow_train.evaluation.samples import PICTURES, keep_pictures, picture_digests
 from fluxflow_train.generation import pinned_precision
 from fluxflow_train.losses import rate_nats
@@ -90,11 +91,9 @@ class Reconstructions:
         lpips = None if self.lpips is None else state_sha256(self.lpips.state_dict())
         self.key = place.key(description["sha256"], {"posterior": "mean", "lpips": lpips})
 
-    def needed(self) -> list[tuple[Images, int]]:
-        """Real images whose features must be there first, and how many of them."""
-        place = self.place
-        train = [] if place.train_images is None else [(place.train_images, len(place.train_images))]
-        return [(place.images, place.count), *train]
+    def needs(self) -> list[Need]:
+        """Real images whose features must be there first: those that go in."""
+        return self.place.needs(self.place.count)
 
     def fill(self, folder: Path) -> None:
         place, store = self.place, self.place.store(folder, NAME, self.key)
@@ -104,14 +103,11 @@ class Reconstructions:
 
     def report(self, folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         place = self.place
-        real = place.reference.read(place.images, place.count)
-        fit = real if place.train_images is None else place.reference.read(place.train_images, len(place.train_images))
+        real = place.real(place.count)
         rows, _ = place.store(folder, NAME, self.key).read(place.count)
-        found = distances(
-            place.extractor, real.features, real.degraded, rows["features"], fit.features, place.options.seed, True
-        )
+        found = paired_distances(place.extractor, real, rows["features"], place.options.seed)
         measured = [Measured(None, rows, merged([Findings(means(rows)), found]))]
-        setting = place.setting(real)
+        setting = place.setting(real.reference)
         shown = {
             **front(setting, measured),
             "curves": figures.training_curves(self.run_dir / "metrics.csv"),

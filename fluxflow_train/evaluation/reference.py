@@ -4,15 +4,15 @@ N images, F feature width, H W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fluxflow_train.evaluation.extractors import describe
-from fluxflow_train.evaluation.filling import discard_damaged, fill, refuse_damaged
+from fluxflow_train.evaluation.filling import Make, discard_damaged, fill, refuse_damaged
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.protocol import Protocol
 from fluxflow_train.evaluation.ranks import Ranks
@@ -23,68 +23,102 @@ FOLDER = "references"
 MAX_TRAIN = 4096  # training images that PCA and neighbours are taken from
 REDUCTION = 4  # of the degraded images, a side
 
+View = Callable[[Tensor], Tensor]
+"""What is done to real images, uint8 (N, 3, H, W), before features are taken; its name is part of the store's."""
 
-@dataclass
-class RealFeatures:
-    """`features` and `degraded` (N, F) of `images`' first N; `sha256` of both."""
+
+class RealFeatures(NamedTuple):
+    """`features` (N, F) of a list's first N images; `sha256` of them."""
 
     features: Tensor
-    degraded: Tensor
     sha256: str
     images: Images
 
 
+class Real(NamedTuple):
+    """`reference` (R, F), the same images `degraded` (R, F), and `train` (M, F): the reference where there is none."""
+
+    reference: RealFeatures
+    degraded: Tensor
+    train: RealFeatures
+
+
+class Need(NamedTuple):
+    """The first `count` of `images` as `view` shows them."""
+
+    images: Images
+    count: int
+    view: View
+
+
 class Reference:
-    """The stores of a protocol's splits for one extractor, in `root`/references/."""
+    """The stores of a protocol's splits and views for one extractor, in `root`/references/."""
 
     def __init__(self, protocol: Protocol, extractor: Extractor, device: torch.device, root: Path) -> None:
         self.protocol, self.extractor, self.device = protocol, extractor, device
         self.folder = root / FOLDER / f"{protocol.hash[:16]}-{extractor.weights_sha256[:16]}"
-        self.described = {key: value for key, value in describe(extractor).items() if key != "class"}
+        self.described = describe(extractor)
 
-    def store(self, images: Images) -> FeatureStore:
+    def store(self, images: Images, view: View) -> FeatureStore:
         """Opened and compared. Raises UserError where it holds features of something else."""
         identity = {
             "protocol": self.protocol.hash,
+            "view": view.__name__,
             "split": images.split,
             "list_sha256": images.list_sha256,
             "data": images.selection.fingerprint,
             "extractor": self.described,
         }
         remedy = f"delete {self.folder}, or run prepare reference={self.protocol.id} again"
-        return FeatureStore(self.folder / images.split, len(images), identity, remedy)
+        return FeatureStore(self.folder / f"{images.split}-{view.__name__}", len(images), identity, remedy)
 
-    def ensure(self, images: Images, count: int, ranks: Ranks) -> None:
-        """Have features of the first `count`; those that are there are verified, those that lack are made.
+    def ensure(self, needs: Sequence[Need], ranks: Ranks) -> None:
+        """Have features of all that is needed; those that are there are verified first, those that lack are made.
 
         Raises:
-            UserError: the store is damaged, or of something else.
+            UserError: a store is damaged, or of something else.
         """
-        ranks.first(lambda: refuse_damaged(self.store(images), count))
-        self.fill(images, count, ranks)
 
-    def prepare(self, images: Images, ranks: Ranks) -> None:
-        """As `ensure`, of all images; damaged files are made again."""
-        ranks.first(lambda: discard_damaged(self.store(images), len(images)))
-        self.fill(images, len(images), ranks)
+        def verify() -> None:
+            for need in needs:
+                refuse_damaged(self.store(need.images, need.view), need.count)
 
-    def fill(self, images: Images, count: int, ranks: Ranks) -> None:
-        fill(self.store(images), count, ranks, self.maker(images), f"features of {images.split}")
+        ranks.first(verify)
+        self.fill(needs, ranks)
 
-    def read(self, images: Images, count: int) -> RealFeatures:
-        rows, sha256 = self.store(images).read(count)
-        return RealFeatures(rows["features"], rows["degraded"], sha256, images)
+    def prepare(self, needs: Sequence[Need], ranks: Ranks) -> None:
+        """As `ensure`, but damaged files are made again."""
 
-    def maker(self, images: Images) -> Callable[[Sequence[range]], Iterator[dict[str, Tensor]]]:
+        def clean() -> None:
+            for need in needs:
+                discard_damaged(self.store(need.images, need.view), need.count)
+
+        ranks.first(clean)
+        self.fill(needs, ranks)
+
+    def fill(self, needs: Sequence[Need], ranks: Ranks) -> None:
+        for images, count, view in needs:
+            label = f"{view.__name__} images of {images.split}"
+            fill(self.store(images, view), count, ranks, self.maker(images, view), label)
+
+    def read(self, images: Images, count: int, view: View) -> RealFeatures:
+        rows, sha256 = self.store(images, view).read(count)
+        return RealFeatures(rows["features"], sha256, images)
+
+    def maker(self, images: Images, view: View) -> Make:
         def make(chunks: Sequence[range]) -> Iterator[dict[str, Tensor]]:
             for image in images.batches(chunks):
-                image = image.to(self.device)
-                yield {
-                    "features": self.extractor(image).cpu(),
-                    "degraded": self.extractor(degraded(image)).cpu(),
-                }
+                yield {"features": self.extractor(view(image.to(self.device))).cpu()}
 
         return make
+
+
+# ---- views ----
+
+
+def original(image: Tensor) -> Tensor:
+    """As it is."""
+    return image
 
 
 def degraded(image: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluxflow_train import rng
 from fluxflow_train.evaluation.extractors import distance_name
+from fluxflow_train.evaluation.reference import Real
 from fluxflow_train.metrics import frechet_infinity as infinity
 from fluxflow_train.metrics.extractor import Extractor
 from fluxflow_train.metrics.features import paired_distance
@@ -80,23 +81,25 @@ def yardsticks(real: Tensor, degraded: Tensor, num_fake: int) -> Yardsticks:
     return Yardsticks((real[:size], real[size : 2 * size]), (real, degraded))
 
 
-def choose_frechet(extractor: Extractor, num_images: int, fit: Tensor) -> tuple[Frechet | None, str]:
-    """By the rule for small sets, with a warning; PCA is fitted on the first 512 of `fit` (., F).
+def choose_frechet(extractor: Extractor, num_images: int, fit: Tensor) -> tuple[Frechet | None, Findings]:
+    """By the rule for small sets, with its warnings; PCA is fitted on the first 512 of `fit` (., F).
 
     Source: EVALUATION.md 2: below 5 images per dimension a Frechet distance is mostly bias.
     """
     width, name = extractor.num_features, extractor.name
     if enough_images(num_images, width):
         label = "FID" if extractor.is_canonical else f"Frechet distance, {name}"
-        return Frechet(distance_name(extractor), label, None), ""
+        return Frechet(distance_name(extractor), label, None), Findings()
     need = f"{num_images} images are fewer than 5 for each of {width} dimensions: no {distance_name(extractor)}"
     dimension = min(PROJECTION_DIMENSION, width)
     fit = fit[:PROJECTION_IMAGES]
     if not enough_images(min(num_images, len(fit)), dimension):
-        return None, f"{need}, and none on {dimension} components either (5 x {dimension} are needed); use KID"
+        doubt = f"{need}, and none on {dimension} components either (5 x {dimension} are needed); use KID"
+        return None, Findings(warnings=[doubt])
     label = f"Frechet distance, {dimension} components"
     frechet = Frechet(f"frechet_pca{dimension}_{name}", label, fit_projection(fit, dimension))
-    return frechet, f"{need}, but on {dimension} components of {len(fit)} real images; no value for infinite N"
+    doubt = f"{need}, but on {dimension} components of {len(fit)} real images; no value for infinite N"
+    return frechet, Findings(warnings=[doubt])
 
 
 def rival_words(name: str, rival: str, marks: Yardsticks) -> dict[str, Any]:
@@ -111,19 +114,20 @@ def sized(entry: Result, num_real: int, num_fake: int) -> Result:
 # ---- distances ----
 
 
-def frechet_findings(frechet: Frechet, real: Tensor, fake: Tensor, marks: Yardsticks, seed: int) -> Findings:
+def frechet_findings(frechet: Frechet, real: Tensor, fake: Tensor, marks: Yardsticks) -> Findings:
     """The distance and the yardsticks'; the value for infinite N where all dimensions are used."""
     found = Findings()
-    words: dict[str, Any] = {"unit": "", "better": "lower"}
     for rival, (a, b) in {"": (real, fake), **marks._asdict()}.items():
         size = min(len(a), len(b))
         if not frechet.allows(size, a.shape[1]):
             continue
         distance = frechet(a, b)
         found.cross_checks.append((distance.value, distance.cross_check))
-        more = rival_words(frechet.name, rival, marks) if rival else {"label": frechet.label}
+        more = rival_words(frechet.name, rival, marks) if rival else dict[str, Any](label=frechet.label)
         name = f"{frechet.name}_{rival}" if rival else frechet.name
-        found.results.append(sized(result(name, distance.value, num_images=size, **words, **more), len(a), len(b)))
+        found.results.append(
+            sized(result(name, distance.value, unit="", better="lower", num_images=size, **more), len(a), len(b))
+        )
     found.estimator["frechet"] = {
         "implementation": "torchmetrics FrechetInceptionDistance in float64, of stored float32 features",
         "dimension": real.shape[1] if frechet.projection is None else frechet.projection.axes.shape[1],
@@ -166,7 +170,7 @@ def kid_findings(extractor: Extractor, real: Tensor, fake: Tensor, marks: Yardst
         if min(len(a), len(b)) < 2:
             continue
         enough = min(len(a), len(b)) >= 4
-        more = rival_words(name, rival, marks) if rival else {"label": "Kernel distance (KID)"}
+        more = rival_words(name, rival, marks) if rival else dict[str, Any](label="Kernel distance (KID)")
         entry = result(
             f"{name}_{rival}" if rival else name,
             kid_of_sets(a, b),
@@ -200,7 +204,7 @@ def paired_findings(extractor: Extractor, real: Tensor, fake: Tensor, marks: Yar
     name = f"kid_{extractor.name}"
     for rival, (a, b) in {"": (real, fake), **marks._asdict()}.items():
         if min(len(a), len(b)) >= 2:
-            more = rival_words(name, rival, marks) if rival else {"label": "Kernel distance (KID)"}
+            more = rival_words(name, rival, marks) if rival else dict[str, Any](label="Kernel distance (KID)")
             found.results.append(kid_result(f"{name}_{rival}" if rival else name, a, b, seed, **more))
     return found
 
@@ -214,7 +218,7 @@ def manifold_findings(real: Tensor, fake: Tensor, marks: Yardsticks) -> Findings
             continue
         values = (*precision_recall(a, b, NEAREST_PRECISION), *density_coverage(a, b, NEAREST_DENSITY))
         for (name, label), value in zip(labels.items(), values, strict=True):
-            more = rival_words(name, rival, marks) if rival else {"label": label}
+            more = rival_words(name, rival, marks) if rival else dict[str, Any](label=label)
             entry = result(
                 f"{name}_{rival}" if rival else name, value, unit="", better="higher", num_images=len(b), **more
             )
@@ -237,22 +241,26 @@ def merged(parts: list[Findings]) -> Findings:
     return whole
 
 
-def distances(
-    extractor: Extractor, real: Tensor, degraded: Tensor, fake: Tensor, fit: Tensor, seed: int, paired: bool
-) -> Findings:
-    """All distances between real (R, F) and fake (N, F); `paired` where fake i is made of real i."""
-    marks = yardsticks(real, degraded, len(fake))
-    frechet, warning = choose_frechet(extractor, min(len(real), len(fake)), fit)
-    parts = [Findings(warnings=[warning] if warning else [])]
+def distances(extractor: Extractor, real: Real, fake: Tensor, seed: int) -> Findings:
+    """Between the real images and independent fakes (N, F): Frechet, KID, precision to coverage."""
+    x = real.reference.features
+    marks = yardsticks(x, real.degraded, len(fake))
+    frechet, doubts = choose_frechet(extractor, min(len(x), len(fake)), real.train.features)
+    parts = [doubts]
     if frechet is not None:
-        parts.append(frechet_findings(frechet, real, fake, marks, seed))
-        if frechet.projection is None and not paired:
-            parts.append(infinity_findings(frechet, real, fake, seed))
-    if paired:
-        parts.append(paired_findings(extractor, real, fake, marks, seed))
-    else:
-        parts += [kid_findings(extractor, real, fake, marks, seed), manifold_findings(real, fake, marks)]
-    return merged(parts)
+        parts.append(frechet_findings(frechet, x, fake, marks))
+        if frechet.projection is None:
+            parts.append(infinity_findings(frechet, x, fake, seed))
+    return merged([*parts, kid_findings(extractor, x, fake, marks, seed), manifold_findings(x, fake, marks)])
+
+
+def paired_distances(extractor: Extractor, real: Real, fake: Tensor, seed: int) -> Findings:
+    """Between real images and their own reconstructions (N, F)."""
+    x = real.reference.features
+    marks = yardsticks(x, real.degraded, len(fake))
+    frechet, doubts = choose_frechet(extractor, len(x), real.train.features)
+    parts = [doubts] if frechet is None else [doubts, frechet_findings(frechet, x, fake, marks)]
+    return merged([*parts, paired_findings(extractor, x, fake, marks, seed)])
 
 
 def means(rows: dict[str, Tensor]) -> list[Result]:

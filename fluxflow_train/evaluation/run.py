@@ -42,9 +42,7 @@ def prepare_reference(
     """
     with process_group() as ranks:
         place = Place(protocol, resolution, options, own, built, root, ranks)
-        for images in dict.fromkeys((place.images, place.reference_images, place.train_images)):
-            if images is not None:
-                place.reference.prepare(images, ranks)
+        place.reference.prepare(place.needs(len(place.reference_images)), ranks)
         return place.reference.folder
 
 
@@ -76,8 +74,7 @@ def evaluate_run(
         folder = run_dir / FOLDER / f"{place.protocol.id}-{subject.key[:8]}"
         cost: dict[str, float] = {}
         with clock(cost, "seconds_reference"):
-            for images, count in subject.needed():
-                place.reference.ensure(images, count, ranks)
+            place.reference.ensure(subject.needs(), ranks)
         with clock(cost, "seconds_pictures"):
             subject.fill(folder)
         provenance = {**provenance, "cost": cost | provenance.get("cost", {})}

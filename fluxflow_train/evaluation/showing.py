@@ -54,7 +54,7 @@ def captioned(images: Images, pictures: Path, count: int) -> list[dict[str, str]
 def neighbours(
     images: Images, pictures: Path, drawn: Tensor, train: RealFeatures, extractor: Extractor, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The first pictures, features `drawn` (N, F), with their nearest training images; and how far the real image is."""
+    """The first pictures, features `drawn` (N, F), with the nearest training images; beside them the real image's."""
     numbers = shown_numbers(pictures, len(drawn), NUM_QUERIES)
     if not numbers:
         return []

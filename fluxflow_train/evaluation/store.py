@@ -129,14 +129,13 @@ def difference(ours: dict[str, Any], theirs: Any, prefix: str = "") -> str:
             found = difference(a, b, name)
             if found:
                 return found
-        elif not (a == b or (is_numbers(a) and is_numbers(b) and close(a, b))):
+        elif not (a == b or close(a, b)):
             return name
     return ""
 
 
-def is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, float) for v in value)
-
-
-def close(a: list[float], b: list[float]) -> bool:
-    return len(a) == len(b) and all(abs(x - y) <= TOLERANCE * max(abs(x), abs(y), 1) for x, y in zip(a, b, strict=True))
+def close(a: Any, b: Any) -> bool:
+    """Whether both are lists of numbers that agree but for rounding."""
+    if not all(isinstance(x, list) and all(isinstance(v, float) for v in x) for x in (a, b)) or len(a) != len(b):
+        return False
+    return all(abs(x - y) <= TOLERANCE * max(abs(x), abs(y), 1) for x, y in zip(a, b, strict=True))
