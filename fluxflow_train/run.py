@@ -119,11 +119,16 @@ def evaluate_by_protocol(cfg: DictConfig, directory: RunDirectory, config: DictC
         directory.path,
         protocol,
         evaluation_options(cfg, cfg.data.num_workers),
-        own=instantiate(config.data.source),
+        own=instantiate(config.data.source) if protocol.dataset == OWN else None,
         built=built,
         root=Path(config.data.root).expanduser(),
         provenance={
             **provenance_of(config, origin),
+            "environment": {
+                "git": provenance.git_state(),
+                "git_training": origin["git"],
+                "precision_training": config.trainer.precision,
+            },
             "command": shlex.join(["python", "-m", "fluxflow_train.evaluate", *HydraConfig.get().overrides.task]),
             "resolution": config.data.module.resolution,
         },

@@ -147,14 +147,19 @@ class Drawings:
         }
         sampling = {key: self.description[key] for key in ("objective", "sampler", "cfg_dropout_prob")}
         model = flow.describe(self.artist(head), sampling) | {"sampling": self.sampling(self.settings[head])}
+        provenance = {**provenance, "warnings": self.warnings()}
         return report_of(setting, measured, model | provenance.get("model", {}), provenance, shown)
+
+    def warnings(self) -> list[str]:
+        trained, drawn = self.description["sampler"]["resolution"], self.place.images.resolution
+        return [] if trained == drawn else [f"trained at {trained} px, the model drew at the protocol's {drawn} px"]
 
     def measured(self, folder: Path, scale: float, real: Real) -> Measured:
         """The numbers of one guidance scale."""
         place = self.place
-        rows, _ = place.store(folder, name_of(scale), self.key).read(place.count)
+        rows, fingerprint = place.read(folder, name_of(scale), self.key)
         found = distances(place.extractor, real, rows["features"], place.options.seed)
-        return Measured(scale, rows, merged([found, Findings(means(rows))]))
+        return Measured(scale, rows, fingerprint, merged([found, Findings(means(rows))]))
 
 
 def name_of(scale: float) -> str:

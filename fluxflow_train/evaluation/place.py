@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fluxflow_train.data.sources import Source
 from fluxflow_train.errors import UserError
@@ -132,7 +133,13 @@ class Place:
     def store(self, folder: Path, name: str, key: str) -> FeatureStore:
         """Of the pictures `name` in an evaluation's folder."""
         remedy = f"delete {folder} and run the same command again"
-        return FeatureStore(folder / FEATURES / name, self.count, {"key": key, "pictures": name}, remedy)
+        identity = {"key": key, "pictures": name, "extractor": self.reference.described}
+        return FeatureStore(folder / FEATURES / name, self.count, identity, remedy)
+
+    def read(self, folder: Path, name: str, key: str) -> tuple[dict[str, Tensor], list[float]]:
+        """All rows of the pictures `name`, and the fingerprint of the extractor that they were begun with."""
+        store = self.store(folder, name, key)
+        return store.read(self.count)[0], store.manifest()["extractor"]["fingerprint"]
 
     def setting(self, real: RealFeatures) -> Setting:
         return Setting(

@@ -104,9 +104,9 @@ class Reconstructions:
     def report(self, folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         place = self.place
         real = place.real(place.count)
-        rows, _ = place.store(folder, NAME, self.key).read(place.count)
+        rows, fingerprint = place.read(folder, NAME, self.key)
         found = paired_distances(place.extractor, real, rows["features"], place.options.seed)
-        measured = [Measured(None, rows, merged([Findings(means(rows)), found]))]
+        measured = [Measured(None, rows, fingerprint, merged([Findings(means(rows)), found]))]
         setting = place.setting(real.reference)
         shown = {
             **front(setting, measured),

@@ -28,11 +28,12 @@ View = Callable[[Tensor], Tensor]
 
 
 class RealFeatures(NamedTuple):
-    """`features` (N, F) of a list's first N images; `sha256` of them."""
+    """`features` (N, F) of a list's first N images; `sha256` of them; `fingerprint` of the extractor that made them."""
 
     features: Tensor
     sha256: str
     images: Images
+    fingerprint: list[float]
 
 
 class Real(NamedTuple):
@@ -102,8 +103,9 @@ class Reference:
             fill(self.store(images, view), count, ranks, self.maker(images, view), label)
 
     def read(self, images: Images, count: int, view: View) -> RealFeatures:
-        rows, sha256 = self.store(images, view).read(count)
-        return RealFeatures(rows["features"], sha256, images)
+        store = self.store(images, view)
+        rows, sha256 = store.read(count)
+        return RealFeatures(rows["features"], sha256, images, store.manifest()["extractor"]["fingerprint"])
 
     def maker(self, images: Images, view: View) -> Make:
         def make(chunks: Sequence[range]) -> Iterator[dict[str, Tensor]]:

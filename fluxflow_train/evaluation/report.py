@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxflow_train.evaluation.checks import estimator_checks, reference_checks, sample_checks, status_of
+from fluxflow_train.evaluation.checks import (
+    estimator_checks,
+    fingerprint_check,
+    reference_checks,
+    sample_checks,
+    status_of,
+)
 from fluxflow_train.evaluation.extractors import distance_name
 from fluxflow_train.evaluation.images import Images, text_digest
 from fluxflow_train.evaluation.protocol import Protocol
@@ -22,10 +28,12 @@ SEED_RULE = "noise from (seed, 'sample-noise', number of the image); subsets of 
 
 @dataclass
 class Measured:
-    """One set of pictures: its guidance (None for reconstructions), its stored rows, and what came of them."""
+    """One set of pictures: its guidance (None for reconstructions), its stored rows, their extractor's fingerprint, and
+    what came of them."""
 
     guidance: float | None
     rows: dict[str, Tensor]
+    fingerprint: list[float]
     findings: Findings
 
 
@@ -110,9 +118,10 @@ def describe_protocol(protocol: Protocol, count: int) -> dict[str, Any]:
 def all_checks(setting: Setting, measured: list[Measured]) -> list[dict[str, Any]]:
     """Of every guidance; named by it where there are several."""
     kid_name = f"kid_{setting.extractor.name}"
-    checks = reference_checks(setting.real.features, setting.extractor, setting.described["fingerprint"])
+    checks = reference_checks(setting.real.features)
     for one in measured:
-        mine = sample_checks(one.rows, setting.count) + estimator_checks(one.findings, kid_name)
+        mine = [fingerprint_check(setting.real.fingerprint, one.fingerprint)]
+        mine += sample_checks(one.rows, setting.count) + estimator_checks(one.findings, kid_name)
         suffix = f", guidance {one.guidance:g}" if len(measured) > 1 else ""
         checks += [entry | {"name": entry["name"] + suffix} for entry in mine]
     return checks

@@ -50,6 +50,13 @@ class FeatureStore:
         if different:
             raise UserError(f"{self.folder} was made with another {different}: {self.remedy}")
 
+    def manifest(self) -> dict[str, Any]:
+        """What was written when the store was begun. Raises UserError where it is gone."""
+        try:
+            return json.loads((self.folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is missing or damaged: {self.remedy}") from error
+
     def begin(self) -> None:
         """Write the manifest, where there is none."""
         if not (self.folder / MANIFEST).exists():
