@@ -70,6 +70,11 @@ def describe(extractor: Extractor) -> dict[str, Any]:
     }
 
 
+def identity(described: dict[str, Any]) -> dict[str, Any]:
+    """Of `describe`, what features depend on: a renamed file of the same weights is the same."""
+    return {key: described[key] for key in ("name", "weights_sha256", "resizer", "dtype", "fingerprint")}
+
+
 def distance_name(extractor: Extractor) -> str:
     """Of its Frechet distance: FID is reserved for the canonical weights."""
     return "fid" if extractor.is_canonical else f"frechet_{extractor.name}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxflow_train.data.sources import Source
 from fluxflow_train.errors import UserError
 from fluxflow_train.evaluation import protocol as protocols
-from fluxflow_train.evaluation.extractors import ExtractorOptions, open_extractor
+from fluxflow_train.evaluation.extractors import ExtractorOptions, identity, open_extractor
 from fluxflow_train.evaluation.images import Images, source_of
 from fluxflow_train.evaluation.protocol import OWN, Protocol, digest
 from fluxflow_train.evaluation.ranks import Ranks
@@ -133,8 +133,8 @@ class Place:
     def store(self, folder: Path, name: str, key: str) -> FeatureStore:
         """Of the pictures `name` in an evaluation's folder."""
         remedy = f"delete {folder} and run the same command again"
-        identity = {"key": key, "pictures": name, "extractor": self.reference.described}
-        return FeatureStore(folder / FEATURES / name, self.count, identity, remedy)
+        of = {"key": key, "pictures": name, "extractor": identity(self.reference.described)}
+        return FeatureStore(folder / FEATURES / name, self.count, of, remedy)
 
     def read(self, folder: Path, name: str, key: str) -> tuple[dict[str, Tensor], list[float]]:
         """All rows of the pictures `name`, and the fingerprint of the extractor that they were begun with."""

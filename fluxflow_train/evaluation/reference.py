@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fluxflow_train.evaluation.extractors import describe
+from fluxflow_train.errors import UserError
+from fluxflow_train.evaluation.extractors import describe, identity
 from fluxflow_train.evaluation.filling import Make, discard_damaged, fill, refuse_damaged
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.protocol import Protocol
@@ -62,16 +63,16 @@ class Reference:
 
     def store(self, images: Images, view: View) -> FeatureStore:
         """Opened and compared. Raises UserError where it holds features of something else."""
-        identity = {
+        of = {
             "protocol": self.protocol.hash,
             "view": view.__name__,
             "split": images.split,
             "list_sha256": images.list_sha256,
             "data": images.selection.fingerprint,
-            "extractor": self.described,
+            "extractor": identity(self.described),
         }
         remedy = f"delete {self.folder}, or run prepare reference={self.protocol.id} again"
-        return FeatureStore(self.folder / f"{images.split}-{view.__name__}", len(images), identity, remedy)
+        return FeatureStore(self.folder / f"{images.split}-{view.__name__}", len(images), of, remedy)
 
     def ensure(self, needs: Sequence[Need], ranks: Ranks) -> None:
         """Have features of all that is needed; those that are there are verified first, those that lack are made.
@@ -110,7 +111,12 @@ class Reference:
     def maker(self, images: Images, view: View) -> Make:
         def make(chunks: Sequence[range]) -> Iterator[dict[str, Tensor]]:
             for image in images.batches(chunks):
-                yield {"features": self.extractor(view(image.to(self.device))).cpu()}
+                features = self.extractor(view(image.to(self.device))).cpu()
+                if not features.isfinite().all():
+                    raise UserError(
+                        f"extractor {self.extractor.name} makes NaN or Inf of real images: use other weights"
+                    )
+                yield {"features": features}
 
         return make
 

@@ -43,9 +43,13 @@ class Findings:
     by_size: dict[str, Any] | None = None
     cross_checks: list[tuple[float, float]] = field(default_factory=list)  # (value, deviation)
 
+    def entry(self, name: str) -> Result | None:
+        """The result of that name, where there is one with a value."""
+        return next((entry for entry in self.results if entry["name"] == name and entry["raw"] is not None), None)
+
     def value(self, name: str) -> float | None:
-        """Of a result by name; None where there is no such result."""
-        return next((entry["raw"] for entry in self.results if entry["name"] == name), None)
+        entry = self.entry(name)
+        return None if entry is None else entry["raw"]
 
 
 class Frechet(NamedTuple):
