@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from fluxflow_train.data.captions import parse_captions
 from fluxflow_train.errors import UserError
@@ -132,7 +132,7 @@ def captions_by_image(rows: Sequence[Any], known: set[int]) -> tuple[dict[int, l
     return captions, marks
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
