@@ -6,14 +6,16 @@ N images, D feature width, K principal components.
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # Below 5 images per dimension the estimate is mostly bias (EVALUATION.md 2).
 IMAGES_PER_DIMENSION = 5
+PIECE = 4096
 
 
 class FrechetDistance(NamedTuple):
-    """`cross_check`: absolute difference of the trace term to an independent route."""
+    """`cross_check`: absolute difference to an independent computation, of the trace term or of the whole value."""
 
     value: float
     cross_check: float
@@ -50,6 +52,72 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), torch.cov(x.T)
 
 
+class Moments(NamedTuple):
+    """Sums of `count` features about a fixed `shift` (D,): `total` (D,) of x - shift, `outer` (D, D) of their products.
+
+    All float64. Sums add up in any order and over any number of ranks; about a vector near the mean they do not cancel
+    when the covariance is taken, whatever the features' offset.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+    shift: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,). Raises ValueError without an image."""
+        if self.count < 1:
+            raise ValueError("the mean needs at least 1 image, got 0")
+        return self.shift + self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased, (D, D). Raises ValueError for fewer than two images."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return (self.outer - torch.outer(self.total, self.total) / self.count) / (self.count - 1)
+
+
+def moments(features: Tensor, shift: Tensor) -> Moments:
+    """Sums of features (N, D) about `shift` (D,), N >= 0; in pieces, so that no float64 copy of all is made."""
+    width = features.shape[1]
+    shift = shift.to(features.device, torch.float64)
+    total = torch.zeros(width, dtype=torch.float64, device=features.device)
+    outer = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+    for piece in features.split(PIECE):
+        x = piece.double() - shift
+        total += x.sum(0)
+        outer.addmm_(x.T, x)
+    return Moments(features.shape[0], total, outer, shift)
+
+
+def add(a: Moments, b: Moments) -> Moments:
+    """Those of both sets together.
+
+    Raises:
+        ValueError: sums about different vectors.
+    """
+    if not torch.equal(a.shift, b.shift):
+        raise ValueError("moments about different vectors do not add up")
+    return Moments(a.count + b.count, a.total + b.total, a.outer + b.outer, a.shift)
+
+
+def all_reduce(own: Moments) -> Moments:
+    """Those of every rank together, the same bits on each: one float64 all-reduce; without a process group, `own`.
+
+    The shift must be the same on every rank, and the group's backend must serve the tensors' device. A rank without
+    images takes part with `moments` of none.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return own
+    width = len(own.total)
+    sums = torch.cat([own.total.new_tensor([own.count]), own.total, own.outer.flatten()])
+    dist.all_reduce(sums)
+    count, total, outer = sums.split([1, width, width * width])
+    return Moments(int(count), total, outer.view(width, width), own.shift)
+
+
 def sqrt_psd(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix; eigenvalues below 0 are rounding."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -75,16 +143,18 @@ def enough_images(num_images: int, dimension: int) -> bool:
     return num_images >= IMAGES_PER_DIMENSION * dimension
 
 
+def require_enough_images(num_images: int, dimension: int) -> None:
+    """Raises ValueError where `enough_images` does not hold."""
+    if not enough_images(num_images, dimension):
+        least = IMAGES_PER_DIMENSION * dimension
+        raise ValueError(f"a Frechet distance in {dimension} dimensions needs {least} images, got {num_images}")
+
+
 def frechet_of_features(real: Tensor, fake: Tensor) -> FrechetDistance:
     """Frechet distance between features (N, D) and (M, D).
 
     Raises:
         ValueError: fewer than 5 D images on a side.
     """
-    size = min(real.shape[0], fake.shape[0])
-    if not enough_images(size, real.shape[1]):
-        raise ValueError(
-            f"a Frechet distance in {real.shape[1]} dimensions needs {IMAGES_PER_DIMENSION * real.shape[1]} images, "
-            f"got {size}"
-        )
+    require_enough_images(min(real.shape[0], fake.shape[0]), real.shape[1])
     return frechet(*gaussian(real), *gaussian(fake))

@@ -57,3 +57,11 @@ def test_weights_are_identified_and_nothing_global_is_drawn() -> None:
 def test_paired_distance() -> None:
     a, b = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 4.0], [1.0, 1.0]])
     assert paired_distance(a, b).tolist() == [5, 0]
+
+
+def test_what_the_extractor_says_of_itself(extractor: EfficientNetLite0, image: Tensor) -> None:
+    assert (extractor.name, extractor.num_features) == ("efficientnet_lite0", DIMENSION)
+    assert not extractor.is_random and not extractor.is_canonical
+    assert "224" in extractor.resizer
+    assert not any(module.training for module in extractor.train().modules())
+    assert extractor(image[:0]).shape == (0, DIMENSION)
