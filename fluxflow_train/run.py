@@ -1,16 +1,13 @@
 """The bodies of the commands: train a run and export it, evaluate it, prepare its data."""
 
-import dataclasses
 import logging
 import math
-import shlex
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -20,16 +17,12 @@ from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.composing import bind_vae, open_run, plain, refuse_impossible, refuse_unknown_split
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.errors import UserError
-from fluxflow_train.evaluation import run as evaluation
-from fluxflow_train.evaluation.extractors import ExtractorOptions
-from fluxflow_train.evaluation.place import Options
-from fluxflow_train.evaluation.protocol import OWN, Protocol
-from fluxflow_train.evaluation.protocol import load as load_protocol
+from fluxflow_train.evaluating import evaluate_by_protocol, prepare_reference, provenance_of
 from fluxflow_train.hardware import device_of
 from fluxflow_train.records import CSVRecords
 from fluxflow_train.reports.build import write_report
 from fluxflow_train.run_directory import RunDirectory
-from fluxflow_train.weights import load_model, load_weights, read_description, save_model
+from fluxflow_train.weights import load_model, load_weights, save_model
 
 console = Console(stderr=True)
 
@@ -78,7 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
     directory = RunDirectory(Path(cfg.run).expanduser())
     config = plain(directory.config())
     if cfg.protocol is not None:
-        evaluate_by_protocol(cfg, directory, config)
+        evaluate_by_protocol(cfg, directory.path, config)
         return
     images: ImageData = instantiate(config.data.module)
     images.prepare_data()
@@ -88,6 +81,7 @@ def evaluate(cfg: DictConfig) -> None:
 def prepare(cfg: DictConfig) -> None:
     """Write the shards and the index of `data=...`; with `vae=...` also the latents and the text's hidden states."""
     if cfg.reference is not None:
+        quieten()
         prepare_reference(cfg)
         return
     data: Any = instantiate(cfg.data.module)
@@ -104,97 +98,6 @@ def prepare(cfg: DictConfig) -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-# ---- evaluation by a protocol ----
-
-
-def evaluate_by_protocol(cfg: DictConfig, directory: RunDirectory, config: DictConfig) -> None:
-    """Measure by a frozen protocol, on any number of ranks, into a folder of its own."""
-    protocol, built = chosen_protocol(str(cfg.protocol), cfg)
-    if cfg.data.root is not None:
-        move_data(config, str(cfg.data.root))
-    origin = read_description(directory.path)["provenance"]
-    result, folder = evaluation.evaluate_run(
-        directory.path,
-        protocol,
-        evaluation_options(cfg, cfg.data.num_workers),
-        own=instantiate(config.data.source) if protocol.dataset == OWN else None,
-        built=built,
-        root=Path(config.data.root).expanduser(),
-        provenance={
-            **provenance_of(config, origin),
-            "environment": {
-                "git": provenance.git_state(),
-                "git_training": origin["git"],
-                "precision_training": config.trainer.precision,
-            },
-            "command": shlex.join(["python", "-m", "fluxflow_train.evaluate", *HydraConfig.get().overrides.task]),
-            "resolution": config.data.module.resolution,
-        },
-    )
-    if evaluation.is_first_rank():
-        values = [
-            f"{r['name']} {r['value']:.4g}" for r in result["results"] if r["value"] is not None and not r["baseline"]
-        ]
-        console.print(f"{protocol.id}: {', '.join(values)} ({result['status']})", highlight=False, soft_wrap=True)
-        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def prepare_reference(cfg: DictConfig) -> None:
-    """Make the features of real images that a protocol's evaluations need."""
-    quieten()
-    protocol, built = chosen_protocol(str(cfg.reference), cfg)
-    folder = evaluation.prepare_reference(
-        protocol,
-        cfg.scale.resolution,
-        Options(device=cfg.device, extractor=extractor_options(cfg), num_workers=cfg.data.num_workers),
-        own=instantiate(cfg.data.source) if protocol.dataset == OWN else None,
-        built=built,
-        root=Path(cfg.data.root).expanduser(),
-    )
-    if evaluation.is_first_rank():
-        console.print(f"reference of {protocol.id}: {folder}", highlight=False, soft_wrap=True)
-
-
-def chosen_protocol(name: str, cfg: DictConfig) -> tuple[Protocol, Any]:
-    """The protocol with the command's extractor in place of its own, and that extractor where the user describes it."""
-    protocol = load_protocol(name)
-    chosen = {key: cfg.extractor[key] for key in ("name", "resizer") if cfg.extractor[key] is not None}
-    if "name" in chosen:
-        chosen["extractor"] = chosen.pop("name")
-    protocol = dataclasses.replace(protocol, **chosen)
-    return protocol, instantiate(protocol.extractor) if isinstance(protocol.extractor, dict) else None
-
-
-def evaluation_options(cfg: DictConfig, num_workers: int) -> Options:
-    """Raises UserError for a word where a number belongs."""
-    for key in ("num_images", "steps", "seed"):
-        if not isinstance(cfg[key], int) and (cfg[key] is not None or key == "seed"):
-            raise UserError(f"{key}={cfg[key]} must be a whole number")
-    return Options(
-        num_images=cfg.num_images,
-        guidance=evaluation.parse_guidance(OmegaConf.to_object(cfg).get("guidance")),  # type: ignore[union-attr]
-        solver=cfg.solver,
-        steps=cfg.steps,
-        seed=cfg.seed,
-        lpips=cfg.lpips,
-        clip=cfg.clip,
-        num_workers=num_workers,
-        device=cfg.device,
-        extractor=extractor_options(cfg),
-    )
-
-
-def extractor_options(cfg: DictConfig) -> ExtractorOptions:
-    return ExtractorOptions(cfg.extractor.weights, cfg.extractor.allow_other_weights)
-
-
-def move_data(config: DictConfig, root: str) -> None:
-    """Read the run's data in another place than it was trained from."""
-    config.data.root = root
-    if "root" in config.data.source:
-        config.data.source.root = root
 
 
 # ---- training ----
@@ -277,13 +180,3 @@ def report(directory: RunDirectory, config: DictConfig, images: ImageData, split
     shown = [f"{name} {values[name]:.4g}" for name in config.evaluate.shown if name in values]
     console.print(f"{split}: {', '.join(shown)} ({result['status']})", highlight=False)
     console.print(f"report: {directory.path / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def provenance_of(config: DictConfig, origin: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of how the weights came to be."""
-    return {
-        "command": origin["command"],
-        "model": {k: v for k, v in origin.items() if k not in ("command", "git")} | {"ema": True},
-        "environment": {"git": origin["git"], "precision_training": config.trainer.precision},
-        "cost": {"seconds_training": origin["seconds_training"]},
-    }

@@ -54,24 +54,8 @@ def open_extractor(
     return extractor.to(device)
 
 
-def describe(extractor: Extractor) -> dict[str, Any]:
-    """Everything that must agree before two distances are compared."""
-    return {
-        "class": type(extractor).__name__,
-        "name": extractor.name,
-        "weights": extractor.weights_name,
-        "weights_sha256": extractor.weights_sha256,
-        "random": extractor.is_random,
-        "canonical": extractor.is_canonical,
-        "resizer": extractor.resizer,
-        "dtype": "float32",
-        "dimension": extractor.num_features,
-        "fingerprint": extractor.fingerprint(),
-    }
-
-
 def identity(described: dict[str, Any]) -> dict[str, Any]:
-    """Of `describe`, what features depend on: a renamed file of the same weights is the same."""
+    """Of `Extractor.describe`, what features depend on: a renamed file of the same weights is the same."""
     return {key: described[key] for key in ("name", "weights_sha256", "resizer", "dtype", "fingerprint")}
 
 

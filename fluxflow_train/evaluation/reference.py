@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fluxflow_train.errors import UserError
-from fluxflow_train.evaluation.extractors import describe, identity
+from fluxflow_train.evaluation.extractors import identity
 from fluxflow_train.evaluation.filling import Make, discard_damaged, fill, refuse_damaged
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.protocol import Protocol
@@ -59,7 +59,7 @@ class Reference:
     def __init__(self, protocol: Protocol, extractor: Extractor, device: torch.device, root: Path) -> None:
         self.protocol, self.extractor, self.device = protocol, extractor, device
         self.folder = root / FOLDER / f"{protocol.hash[:16]}-{extractor.weights_sha256[:16]}"
-        self.described = describe(extractor)
+        self.described = extractor.describe()
 
     def store(self, images: Images, view: View) -> FeatureStore:
         """Opened and compared. Raises UserError where it holds features of something else."""

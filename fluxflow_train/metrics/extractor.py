@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,21 @@ class Extractor(nn.Module, ABC):
         """Mean feature of 8 fixed images: tells another version or precision of the arithmetic apart."""
         device = next(chain(self.parameters(), self.buffers())).device
         return [round(v, 6) for v in self(fixed_images().to(device)).mean(1).tolist()]
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that must agree before two distances are compared, as plain JSON."""
+        return {
+            "name": self.name,
+            "class": type(self).__name__,
+            "weights": self.weights_name,
+            "weights_sha256": self.weights_sha256,
+            "random": self.is_random,
+            "canonical": self.is_canonical,
+            "resizer": self.resizer,
+            "dtype": "float32",
+            "dimension": self.num_features,
+            "fingerprint": self.fingerprint(),
+        }
 
 
 def fixed_images() -> Tensor:

@@ -6,7 +6,6 @@ N images, D feature width, K principal components.
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 # Below 5 images per dimension the estimate is mostly bias (EVALUATION.md 2).
@@ -55,8 +54,8 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 class Moments(NamedTuple):
     """Sums of `count` features about a fixed `shift` (D,): `total` (D,) of x - shift, `outer` (D, D) of their products.
 
-    All float64. Sums add up in any order and over any number of ranks; about a vector near the mean they do not cancel
-    when the covariance is taken, whatever the features' offset.
+    All float64. About a vector near the mean the sums do not cancel when the covariance is taken, whatever the
+    features' offset.
     """
 
     count: int
@@ -90,32 +89,6 @@ def moments(features: Tensor, shift: Tensor) -> Moments:
         total += x.sum(0)
         outer.addmm_(x.T, x)
     return Moments(features.shape[0], total, outer, shift)
-
-
-def add(a: Moments, b: Moments) -> Moments:
-    """Those of both sets together.
-
-    Raises:
-        ValueError: sums about different vectors.
-    """
-    if not torch.equal(a.shift, b.shift):
-        raise ValueError("moments about different vectors do not add up")
-    return Moments(a.count + b.count, a.total + b.total, a.outer + b.outer, a.shift)
-
-
-def all_reduce(own: Moments) -> Moments:
-    """Those of every rank together, the same bits on each: one float64 all-reduce; without a process group, `own`.
-
-    The shift must be the same on every rank, and the group's backend must serve the tensors' device. A rank without
-    images takes part with `moments` of none.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        return own
-    width = len(own.total)
-    sums = torch.cat([own.total.new_tensor([own.count]), own.total, own.outer.flatten()])
-    dist.all_reduce(sums)
-    count, total, outer = sums.split([1, width, width * width])
-    return Moments(int(count), total, outer.view(width, width), own.shift)
 
 
 def sqrt_psd(matrix: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from fluxflow_train.data.sources import Split
 from fluxflow_train.files import write_atomically
 from fluxflow_train.metrics import features
 from fluxflow_train.metrics.baselines import PCA, fit_pca
+from fluxflow_train.metrics.extractor import state_sha256
 from fluxflow_train.pixels import dequantize
-from fluxflow_train.reports import figures, page, protocol
+from fluxflow_train.reports import figures, markdown, page, protocol, schema
 from fluxflow_train.reports.checks import run_checks, status_of
 from fluxflow_train.reports.distances import MAX_FLOOR, PROJECTION_IMAGES, feature_results
 from fluxflow_train.reports.passes import TRAIN_POOL, EvaluationData, SplitPass, TrainSample, draw_train, read_split
@@ -139,7 +140,7 @@ def report_of(
             "seed": seed,
             "seed_rule": "eps from (seed, 'eval-eps', index); examples from (seed, 'report-examples')",
         },
-        "extractor": describe_extractor(evidence.extractor),
+        "extractor": evidence.extractor.describe() if evidence.extractor is not None else None,
         "estimator": estimator,
         "model": model,
         "environment": protocol.environment(device) | provenance.get("environment", {}),
@@ -156,24 +157,7 @@ def describe(vae: nn.Module, latent_shape: tuple[int, int, int]) -> dict[str, An
         "class": type(vae).__name__,
         "parameters": sum(p.numel() for p in vae.parameters()),
         "latent_shape": list(latent_shape),
-        "weights_sha256": protocol.weights_digest(vae),
-    }
-
-
-def describe_extractor(extractor: features.EfficientNetLite0 | None) -> dict[str, Any] | None:
-    """Everything that must agree before two feature distances are compared."""
-    if extractor is None:
-        return None
-    return {
-        "name": features.NAME,
-        "class": type(extractor).__name__,
-        "weights": extractor.weights_name,
-        "weights_sha256": extractor.weights_sha256,
-        "random": False,
-        "resize": features.RESIZE,
-        "dtype": "float32",
-        "dimension": features.DIMENSION,
-        "fingerprint": extractor.fingerprint(),
+        "weights_sha256": state_sha256(vae.state_dict()),
     }
 
 
@@ -193,8 +177,10 @@ def draw_figures(vae: nn.Module, measured: SplitPass, run_dir: Path, device: tor
 
 
 def write_report(report: dict[str, Any], run_dir: Path) -> None:
-    """`report.json` and `report.html` in `run_dir`; each is replaced whole."""
+    """`report.json`, and `report.html` and `report.md` from it alone, in `run_dir`; each is replaced whole."""
+    schema.check(report)
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     html = page.render(report)
     write_atomically(run_dir / "report.json", text.encode())
     write_atomically(run_dir / "report.html", html.encode())
+    write_atomically(run_dir / "report.md", markdown.render(report).encode())

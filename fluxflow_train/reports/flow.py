@@ -13,10 +13,11 @@ from fluxflow_train import weights
 from fluxflow_train.data.sources import Split
 from fluxflow_train.generation import Request, evaluating, generate, latent_shape
 from fluxflow_train.metrics import features
+from fluxflow_train.metrics.extractor import state_sha256
 from fluxflow_train.models.text_to_image import TextToImage
 from fluxflow_train.objectives import Objective
 from fluxflow_train.reports import figures, flow_figures, flow_results, protocol
-from fluxflow_train.reports.build import SCHEMA, describe_extractor
+from fluxflow_train.reports.build import SCHEMA
 from fluxflow_train.reports.checks import run_drawing_checks, status_of
 from fluxflow_train.reports.drawing import Artist, Drawn, draw_all, reported_settings
 from fluxflow_train.reports.passes import TRAIN_POOL, EvaluationData
@@ -144,7 +145,7 @@ def report_of(
             "seed_rule": "noise from (seed, 'sample-noise', number of the image); prompts of the grids from "
             "(seed, 'report-prompts'); training images from (seed, 'train-draw')",
         },
-        "extractor": describe_extractor(extractor),
+        "extractor": extractor.describe() if extractor is not None else None,
         "estimator": estimator,
         "model": model,
         "environment": protocol.environment(artist.device) | provenance.get("environment", {}),
@@ -195,7 +196,7 @@ def describe(artist: Artist, sampling: dict[str, Any]) -> dict[str, Any]:
         "components": {name: type(part).__name__ for name, part in model.named_children()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "latent_shape": list(latent_shape(model, settings)),
-        "weights_sha256": protocol.weights_digest(model),
+        "weights_sha256": state_sha256(model.state_dict()),
         "objective": sampling["objective"],
         "sampler": sampling["sampler"],
         "cfg_dropout_prob": sampling["cfg_dropout_prob"],

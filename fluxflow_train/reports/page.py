@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fluxflow_train.reports import charts
+from fluxflow_train.reports import charts, evaluation_charts
 
 FOLDER = Path(__file__).parent
 CURVES = (
@@ -31,6 +31,7 @@ BASELINES = (
 )
 VAE_TILES = ("ssim", "psnr_nonwhite", "psnr_sampled", "rate_nats", "parameters", "images_per_second", "peak_memory")
 FLOW_TILES = ("parameters_flow", "parameters_text", "parameters_vae", "seconds_per_image", "caption_effect")
+DISTANCES = ("fid", "frechet", "kid")
 STATUS = {
     "final": "every self-check passed",
     "partial": "correct, but not everything is there",
@@ -149,6 +150,28 @@ def flow_view(report: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dic
     }
 
 
+def evaluation_view(report: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the page of an evaluation needs beside the report. Its headline is the first distance to real images."""
+    heads = [r for r in report["results"] if r["baseline_of"] is None]
+    measured = [r for r in heads if r["value"] is not None]
+    headline = next((r for r in measured if r["name"].startswith(DISTANCES)), measured[0] if measured else heads[0])
+    return {
+        "heads": heads,
+        "headline": headline,
+        "bars": bars(report["results"], headline["name"]),
+        "tiles": [r for r in measured if r is not headline][:6],
+        "sizes": [evaluation_charts.by_size(entry) for entry in report["figures"]["frechet_by_size"]],
+        "pareto": evaluation_charts.over_guidance(report["figures"]["pareto"], by_name),
+    }
+
+
+VIEWS = {
+    "reconstruction": ("vae", vae_view),
+    "text-to-image": ("flow", flow_view),
+    "evaluation": ("evaluation", evaluation_view),
+}
+
+
 def render(report: dict[str, Any]) -> str:
     """The report as HTML5; every text in it is escaped. Its `kind` says which page it gets."""
     environment = Environment(
@@ -161,7 +184,7 @@ def render(report: dict[str, Any]) -> str:
     environment.filters |= {"number": number, "plain": plain}
     results = report["results"]
     by_name = {r["name"]: r for r in results}
-    template, view = ("vae", vae_view) if report["kind"] == "reconstruction" else ("flow", flow_view)
+    template, view = VIEWS[report["kind"]]
     rows = metric_rows(results)
     return environment.get_template(f"{template}.html.jinja").render(
         report=report,

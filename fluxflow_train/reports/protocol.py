@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fluxflow_train.generation import Settings
 from fluxflow_train.metrics import features, reconstruction
@@ -58,15 +57,6 @@ def flow_protocol(split: str, settings: Settings, num_images: int) -> dict[str, 
 def digest(parts: Sequence[str]) -> str:
     """sha256 of the strings, one a line, in hex."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over names and bytes of the parameters and buffers, in the order of their names."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def processor_name() -> str:

@@ -1,6 +1,7 @@
 """A protocol of seconds: the run's own 48 training shapes, described by their mean colour."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,34 @@ def numbers() -> Callable[[dict[str, Any]], dict[str, Any]]:
         return {"results": results, **{key: report[key] for key in keys}}
 
     return pick
+
+
+@pytest.fixture(scope="session")
+def protocol_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The protocol in a file of its own."""
+    path = tmp_path_factory.mktemp("protocol") / "protocol.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    return path
+
+
+@pytest.fixture(scope="session")
+def evaluated_vae(
+    vae_run: Path, protocol_file: Path, launch: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished evaluation. Not to be changed."""
+    run = tmp_path_factory.mktemp("evaluated") / "vae"
+    shutil.copytree(vae_run, run)
+    assert launch("fluxflow_train.evaluate", f"run={run}", f"protocol={protocol_file}", "device=cpu") == 0
+    return next(run.glob("evaluations/*"))
+
+
+@pytest.fixture(scope="session")
+def evaluated_flow(
+    flow_run: Path, protocol_file: Path, launch: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same of 20 pictures at two guidance scales."""
+    run = tmp_path_factory.mktemp("evaluated") / "flow"
+    shutil.copytree(flow_run, run)
+    words = ("num_images=20", "guidance=[1,3]", "steps=2", "device=cpu")
+    assert launch("fluxflow_train.evaluate", f"run={run}", f"protocol={protocol_file}", *words) == 0
+    return next(run.glob("evaluations/*"))

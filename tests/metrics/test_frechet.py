@@ -1,11 +1,11 @@
-"""Moments: against numpy, added up in any order, and where a one-pass covariance would lose its digits."""
+"""Moments: against numpy, and where a one-pass covariance would lose its digits."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fluxflow_train.metrics.frechet import Moments, add, all_reduce, frechet, gaussian, moments
+from fluxflow_train.metrics.frechet import Moments, frechet, gaussian, moments
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -31,19 +31,6 @@ def test_moments_are_numpys_about_any_shift(num: int) -> None:
         assert_is_numpys(m, x)
 
 
-def test_shares_add_up_to_the_whole() -> None:
-    x, shift = normal(101, 6) + 3, normal(6, seed=1).double()
-    whole = moments(x, shift)
-    for sizes in ([101, 0, 0], [1, 100], [33, 33, 35]):
-        parts = [moments(share, shift) for share in x.split(sizes)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = add(total, part)
-        assert total.count == 101
-        torch.testing.assert_close(total.mean, whole.mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(total.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
-
-
 def test_a_shift_near_the_mean_keeps_the_digits() -> None:
     """Features of mean 1e6 and deviation 1e-2: sums of squares about 0 keep no digit of the covariance."""
     x = (normal(400, 4).double() * 1e-2 + 1e6).double()
@@ -60,19 +47,9 @@ def test_distance_from_moments_is_that_of_the_features() -> None:
     assert from_moments == pytest.approx(frechet(*gaussian(x), *gaussian(y)).value, rel=1e-11)
 
 
-def test_moments_about_different_vectors_do_not_add_up() -> None:
-    with pytest.raises(ValueError, match="different vectors"):
-        add(moments(normal(3, 2), zeros(2)), moments(normal(3, 2), zeros(2) + 1))
-
-
 def test_too_few_images_have_no_mean_or_covariance() -> None:
     none, one = moments(normal(0, 3), zeros(3)), moments(normal(1, 3), zeros(3))
     with pytest.raises(ValueError, match="got 0"):
         _ = none.mean
     with pytest.raises(ValueError, match="got 1"):
         _ = one.covariance
-
-
-def test_without_a_process_group_nothing_is_reduced() -> None:
-    m = moments(normal(7, 3), zeros(3))
-    assert all_reduce(m) is m

@@ -122,7 +122,7 @@ def test_the_model_keeps_its_mode_and_weights(
 def test_files_are_written_whole(report: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("old")
     write_report(report, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 

@@ -1,0 +1,67 @@
+"""A report into the W&B run that trained the model: numbers in its summary, pictures, and the page itself."""
+
+from pathlib import Path
+from typing import Any
+
+from fluxflow_train.errors import UserError
+
+
+def log_report(report: dict[str, Any], folder: Path, settings: Any) -> None:
+    """`settings`: the run's own logger (project, name, group, id, save_dir, offline), whose run is gone on with.
+
+    Numbers are named `<protocol>/<result>`, with `/guidance-<scale>` where scales were swept.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("this run was logged to W&B: pip install 'fluxflow-train[wandb]'") from error
+    run = wandb.init(
+        project=settings.project,
+        name=settings.name,
+        group=settings.group,
+        id=settings.id,
+        dir=settings.save_dir,
+        resume="allow",
+        mode="offline" if settings.offline else None,
+        job_type="evaluation",
+    )
+    try:
+        name = report["protocol"]["id"]
+        run.summary.update(numbers(report))
+        page = folder / "report.html"
+        run.log({f"{name}/report": wandb.Html(str(page))})
+        pictures = report["figures"].get("captioned") or report["figures"].get("triples") or []
+        run.log({f"{name}/pictures": [picture(wandb, item) for item in pictures]})
+        artifact = wandb.Artifact(f"report-{settings.id}-{folder.name}", type="report")
+        for path in (page, folder / "report.json", folder / "report.md"):
+            artifact.add_file(str(path))
+        run.log_artifact(artifact)
+    finally:
+        run.finish()
+
+
+def numbers(report: dict[str, Any]) -> dict[str, float | str]:
+    """Every result that has a value, and the status."""
+    name = report["protocol"]["id"]
+    found: dict[str, float | str] = {f"{name}/status": report["status"]}
+    found |= {f"{name}/{entry['name']}": entry["raw"] for entry in report["results"] if entry["raw"] is not None}
+    for part in report.get("sweep", []):
+        for entry in part["results"]:
+            if entry["raw"] is not None:
+                found[f"{name}/{entry['name']}/guidance-{part['guidance']:g}"] = entry["raw"]
+    return found
+
+
+def picture(wandb: Any, item: dict[str, Any]) -> Any:
+    """A `wandb.Image` of one of the report's base64 PNGs."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    data = item.get("image") or item["reconstruction"]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        return wandb.Image(image.convert("RGB"), caption=item["caption"])
