@@ -122,18 +122,17 @@ def latest_vae() -> Path:
 def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
     """Give another arm than Bezier the widths that make it as large as the Bezier arm.
 
-    `cfg.matching` names the width (or list of widths) of each component and what the Bezier arm has in the model's
-    place. Returns the Bezier network and the matched one, on the meta device; None where there is nothing to match.
+    `cfg.matching` names the width (or list of widths) of each component and what the Bezier arm has in its place.
+    Returns the Bezier network and the matched one, on the meta device; None where there is nothing to match.
     """
     if cfg.match not in ("parameters", "flops", "none"):
         raise UserError(f"match is parameters, flops or none, got {cfg.match}")
     matching, model = plain(cfg.matching), plain(cfg.model)
     reference = model.copy()
-    for part, theirs in matching.reference.items():
-        reference[part] = OmegaConf.merge(model[part], theirs) if "_target_" not in theirs else theirs
-    different = [
-        part for part in matching.sizes if reference[part] != model[part] and matching.sizes[part] in model[part]
-    ]
+    for part, size in matching.sizes.items():
+        if size in model[part]:  # else the part is of one size, on both sides
+            reference[part] = bezier_arm(model[part], matching.reference[part], size)
+    different = [part for part in matching.sizes if reference[part] != model[part]]
     if cfg.match == "none" or not different:
         return None
 
@@ -158,3 +157,27 @@ def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
     for part, values in found.widths.items():
         cfg.model[part][matching.sizes[part]] = values if OmegaConf.is_list(shapes[part]) else values[0]
     return network, found.network
+
+
+def bezier_arm(part: DictConfig, theirs: DictConfig, size: str) -> DictConfig:
+    """What the Bezier arm has in the place of `part`, under the same options.
+
+    The part itself with `theirs.activation` wherever it has one; where it is of another class than `theirs`, theirs
+    with all options that both have, but for `size`, which follows from the matching.
+    """
+    if theirs.get("_target_", part._target_) == part._target_:
+        return with_activation(part, theirs.activation)
+    shared = {key: part[key] for key in theirs if key in part and key not in ("_target_", "activation", size)}
+    return OmegaConf.create({**theirs, **shared})
+
+
+def with_activation(node: DictConfig, activation: str) -> DictConfig:
+    """A copy with that in place of every `activation` in it, however deep."""
+
+    def replaced(values: dict[Any, Any]) -> dict[Any, Any]:
+        return {
+            key: activation if key == "activation" else replaced(item) if isinstance(item, dict) else item
+            for key, item in values.items()
+        }
+
+    return OmegaConf.create(replaced(OmegaConf.to_container(node)))  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def export(cfg: DictConfig) -> None:
 
 def to_fluxflow(run: Path, out: Path) -> str:
     """Raises UserError where the run is not of FluxFlow 0.8's own networks."""
-    model, _ = load_model(run)
+    model, description = load_model(run)
     parts = {"vae": model.vae, "flow": model.flow} if isinstance(model, TextToImage) else {"vae": model}
     kinds = {"vae": FluxFlow08VAE, "flow": FluxFlow08Flow}
     foreign = [f"{name} is a {type(part).__name__}" for name, part in parts.items() if type(part) is not kinds[name]]
@@ -54,6 +54,12 @@ def to_fluxflow(run: Path, out: Path) -> str:
         raise UserError(
             f"FluxFlow 0.8 has no place for this model ({', '.join(foreign)}): only runs of "
             "+experiment=vae_fluxflow080, and of model/flow=fluxflow080 on them, can be exported so"
+        )
+    objective = description.get("objective", PUBLISHED_SAMPLING["objective"])
+    if objective != PUBLISHED_SAMPLING["objective"]:
+        raise UserError(
+            f"{run} was trained with {objective['_target_'].rpartition('.')[2]}, and FluxFlow 0.8 samples with its own "
+            "v-prediction schedule, which would draw noise: train with objective=v_prediction"
         )
     vae, flow = parts["vae"], parts.get("flow")
     text = model.text if isinstance(model, TextToImage) and isinstance(model.text, FluxFlow08Text) else None

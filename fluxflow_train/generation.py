@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,19 @@ class Settings:
             raise UserError(f"the guidance interval {low}, {high} must be two times 0 <= low <= high <= 1")
         if not 0 <= rescale <= 1:
             raise UserError(f"the guidance rescale {rescale} must be from 0 to 1")
+
+
+def settings_of(sampler: dict[str, Any], seed: int) -> Settings:
+    """The sampler that an exported model recommends, at its own resolution. Raises UserError as `Settings` does."""
+    return Settings(
+        solver=sampler["solver"],
+        steps=sampler["steps"],
+        guidance=Guidance(sampler["guidance"], (0.0, 1.0), 0.0),
+        height=sampler["resolution"],
+        width=sampler["resolution"],
+        seed=seed,
+        micro_batch=sampler["micro_batch"],
+    )
 
 
 def generate(

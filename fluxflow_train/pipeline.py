@@ -193,6 +193,10 @@ def sample(cfg: DictConfig) -> None:
     for note in generation.notes(pipeline.model.text, [*prompts, negative]):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     out = Path(cfg.out).expanduser() if cfg.out else folder / "sampled" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"out={out} is a file, or lies below one: name a folder") from error
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -21,6 +21,7 @@ from fluxflow_train.evaluating import evaluate_by_protocol, prepare_reference, p
 from fluxflow_train.hardware import device_of
 from fluxflow_train.records import CSVRecords
 from fluxflow_train.reports.build import write_report
+from fluxflow_train.reports.wandb_log import log_report
 from fluxflow_train.run_directory import RunDirectory
 from fluxflow_train.weights import load_model, load_weights, save_model
 
@@ -176,6 +177,8 @@ def report(directory: RunDirectory, config: DictConfig, images: ImageData, split
         },
     )
     write_report(result, directory.path)
+    if "wandb" in config.logger:
+        log_report(result, directory.path, config.logger.wandb)
     values = {entry["name"]: entry["value"] for entry in result["results"] if entry["value"] is not None}
     shown = [f"{name} {values[name]:.4g}" for name in config.evaluate.shown if name in values]
     console.print(f"{split}: {', '.join(shown)} ({result['status']})", highlight=False)

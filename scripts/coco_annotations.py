@@ -1,7 +1,7 @@
 """A COCO captions file as a frozen list: which images, in which order, and which caption of each stands first.
 
-The rule is published and needs no file of ours: images that have a caption, by the sha256 of their key (the image id
-in 12 digits); the captions of an image by the sha256 of their annotation id (decimal digits).
+The rule is published and needs no file of ours: images that have a caption, by the sha256 of "evaluation <key>"
+(the key is the image id in 12 digits); the captions of an image by the sha256 of their annotation id (decimal digits).
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from fluxflow_train.data.captions import parse_captions
 from fluxflow_train.errors import UserError
 
 RULE = (
-    "images that have a caption by sha256 of the image id in 12 digits, captions by sha256 of the annotation id in "
-    "decimal digits, the first one counts"
+    "images that have a caption by sha256 of 'evaluation <image id in 12 digits>', captions by sha256 of the "
+    "annotation id in decimal digits, the first one counts"
 )
 KEPT = ("license", "flickr_url")  # of what COCO says of an image, where it is there
 
@@ -89,7 +89,7 @@ def list_entries(image_rows: Sequence[Any], annotation_rows: Sequence[Any]) -> t
         about = {"image_id": number, "annotation_ids": [annotation for annotation, _ in pairs]}
         about |= {name: image[name] for name in ("file_name", *KEPT) if name in image}
         entries.append(Entry(key, image["file_name"], [text for _, text in pairs], about))
-    return sorted(entries, key=lambda entry: digest(entry.key)), marks + more
+    return sorted(entries, key=lambda entry: digest(f"evaluation {entry.key}")), marks + more
 
 
 def images_by_id(rows: Sequence[Any]) -> tuple[dict[int, dict[str, Any]], list[Mark]]:

@@ -3,10 +3,11 @@
     python scripts/coco_to_shards.py images=val2014 annotations=captions_val2014.json protocol=coco2014-val-30k
         [out=DIR] [--originals] [--workers N] [--max-bad 0.001]
 
-Images with a caption are ordered by the sha256 of their key (the image id in 12 digits), and the protocol's first
-`num_images` are taken. An image's captions are ordered by the sha256 of their annotation id, and evaluations draw from
-the first. So the list follows from the annotations alone. Its sha256 and that of its captions are printed, stand in
-manifest.json, and come again in every report as `reference.list_sha256` and `samples.prompts_sha256`.
+Images with a caption are ordered by the sha256 of "evaluation <key>" (the key is the image id in 12 digits), and the
+protocol's first `num_images` are taken. An image's captions are ordered by the sha256 of their annotation id, and
+evaluations draw from the first. So the list follows from the annotations alone. Its sha256 and that of its captions
+are printed, stand in manifest.json, and come again in every report as `reference.list_sha256` and
+`samples.prompts_sha256`.
 
 Images are cut and resized to the protocol's resolution as evaluations do it, and kept as PNG; --originals keeps the
 files as they are, and evaluations see the same pixels. For an image that can't be used the next of the order is taken:

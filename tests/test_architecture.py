@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fluxflow_train"
-COMMANDS = {"__main__", "evaluate", "prepare", "cli", "run", "composing"}
+COMMANDS = {"__main__", "evaluate", "prepare", "cli", "run", "composing", "evaluating", "report", "comparing"}
 FORBIDDEN = {
     "models": {"lightning", "hydra", "omegaconf", "transformers", "fluxflow_train.tasks", "fluxflow_train.data"},
     "losses": {"lightning", "hydra", "omegaconf"},
@@ -17,7 +17,8 @@ FORBIDDEN = {
     "data": {"fluxflow_train.tasks"},
     "metrics": {"fluxflow_train.tasks"},
     "callbacks": {"fluxflow_train.tasks"},
-    "reports": {"fluxflow_train.tasks"},
+    "reports": {"fluxflow_train.tasks", "fluxflow_train.evaluation"},
+    "evaluation": {"lightning", "omegaconf", "fluxflow_train.tasks"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

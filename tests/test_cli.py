@@ -47,7 +47,7 @@ def test_quick_answers_need_no_torch(arguments: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["fluxflow_train.evaluate", "fluxflow_train.prepare"])
+@pytest.mark.parametrize("module", ["fluxflow_train.evaluate", "fluxflow_train.prepare", "fluxflow_train.report"])
 def test_every_command_has_help(module: str) -> None:
     result = run("--help", module=module)
     assert result.returncode == 0

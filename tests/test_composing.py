@@ -159,6 +159,55 @@ def test_components_are_matched_within_one_percent(
     assert plain(cfg).task.model.flow.mlp_width == cfg.model.flow.mlp_width != cfg.scale.flow.mlp_width
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.flow.depth=3",),
+        ("model.flow.residual=false", "model.flow.text_tokens=pooled"),
+        ("model/flow=dit", "model.flow.depth=3", "model.flow.width=64"),
+    ],
+)
+def test_options_reach_the_bezier_arm_that_others_are_held_to(
+    config: Compose, vae_run: Path, wide_backbone_folder: Path, overrides: tuple[str, ...]
+) -> None:
+    """Only the activation differs: the reference is what `+experiment=flow_bezier` with the same options builds."""
+    text = ("model/text=distilbert", f"model.text.backbone.checkpoint.path={wide_backbone_folder}")
+    options = ("scale=tiny", f"vae={vae_run}", *text)
+    cfg = config("+experiment=flow_relu", *options, *overrides, small=False)
+    bind_vae(cfg)
+    matched = match_widths(cfg)
+    own = [option for option in overrides if option != "model/flow=dit"]
+    bezier = config("+experiment=flow_bezier", *options, *own, small=False)
+    bind_vae(bezier)
+    assert match_widths(bezier) is None
+    with torch.device("meta"):
+        expected = parameters(instantiate(plain(bezier).model))
+    assert matched is not None and parameters(matched[0]) == expected
+    assert abs(parameters(matched[1])["flow"] / expected["flow"] - 1) < 0.01
+
+
+def test_a_text_encoder_of_the_arm_throughout_is_matched(config: Compose, vae_run: Path) -> None:
+    options = (f"vae={vae_run}", "model/text=scratch")
+    cfg = config("+experiment=flow_relu", *options, small=False)
+    bind_vae(cfg)
+    matched = match_widths(cfg)
+    assert matched is not None
+    reference, ours = (parameters(network) for network in matched)
+    assert abs(ours["text"] / reference["text"] - 1) < 0.01
+
+
+def test_the_published_flow_has_nothing_to_match(config: Compose, vae_run: Path) -> None:
+    cfg = config("+experiment=flow_bezier", f"vae={vae_run}", "model/flow=fluxflow080")
+    bind_vae(cfg)
+    assert match_widths(cfg) is None
+    cfg = config("+experiment=flow_relu", f"vae={vae_run}", "model/flow=fluxflow080", small=False)
+    bind_vae(cfg)
+    matched = match_widths(cfg)
+    assert matched is not None
+    reference, ours = (parameters(network) for network in matched)
+    assert ours["flow"] == reference["flow"] and abs(ours["text"] / reference["text"] - 1) < 0.01
+
+
 def test_flops_are_matched_too(config: Compose, vae_run: Path, frozen_text: tuple[str, ...]) -> None:
     from fluxflow_train.ablation.cost import flops
 

@@ -95,6 +95,18 @@ def test_what_has_no_place_there(run: Path, tmp_path: Path, command: Callable) -
         assert answer.code == 1 and message in answer.output and answer.output.count("\n") == 1
 
 
+def test_a_flow_that_theirs_would_sample_as_noise_is_refused(run: Path, tmp_path: Path, command: Callable) -> None:
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    model, description = load_model(run)
+    objective = {"_target_": "fluxflow_train.objectives.RectifiedFlow", "shift": 1.0}
+    save_model(straight, model, OmegaConf.create(description["architecture"]), {"objective": objective})
+    answer = command("fluxflow_train.export", f"run={straight}", f"out={tmp_path / 'out'}")
+    assert answer.code == 1 and answer.output.count("\n") == 1
+    assert "trained with RectifiedFlow" in answer.output and "objective=v_prediction" in answer.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_of_our_own_is_refused(tmp_path: Path, command: Callable) -> None:
     dit = {
         "_target_": "fluxflow_train.models.dit.DiT",

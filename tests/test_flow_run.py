@@ -245,6 +245,7 @@ MATCHABLE = ("scale.flow.width=64", "scale.flow.text_width=128", "scale.flow.tex
         ("flow_bezier", ("objective=v_prediction",), ("model/text=scratch",)),
         ("flow_relu", ("task.latents=null", "task.sampler.solver=unipc", *MATCHABLE), None),
         ("flow_bezier", ("model/flow=dit", "match=none", "task.sampler.solver=heun"), None),
+        ("flow_bezier", ("model/flow=fluxflow080", "objective=v_prediction"), None),
     ],
 )
 def test_other_runs(
@@ -269,6 +270,23 @@ def test_other_runs(
     sample = ("fluxflow_train.sample", f"run={run}", "prompts=[a red circle]", "device=cpu")
     assert command(*sample, f"out={tmp_path / 'out'}").code == 0
     assert (tmp_path / "out" / "0000.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("task.sampler.solver=foo", "solver=foo is none of ours"),
+        ("task.sampler.steps=0", "steps=0"),
+        ("task.sampler.guidance=-2", "guidance=-2"),
+    ],
+)
+def test_a_sampler_that_draws_nothing_is_refused_before_training(
+    options: tuple[str, ...], command: Command, tmp_path: Path, option: str, said: str
+) -> None:
+    run = tmp_path / "run"
+    code, output = command("fluxflow_train", FLOW, *options, option, f"run={run}")
+    assert code == 1 and output.splitlines()[-1].startswith("error: ") and said in output
+    assert not (run / "checkpoints").exists()
 
 
 def test_match_is_written_down(options: tuple[str, ...], command: Command, tmp_path: Path) -> None:

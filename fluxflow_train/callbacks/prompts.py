@@ -10,9 +10,8 @@ from torch import Tensor
 from fluxflow_train import rng
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.files import write_atomically
-from fluxflow_train.generation import Request, Settings, generate
+from fluxflow_train.generation import Request, Settings, generate, settings_of
 from fluxflow_train.pictures import grid, near_square, png, shared
-from fluxflow_train.sampling import Guidance
 
 
 class PromptGrid(L.Callback):
@@ -66,16 +65,3 @@ class PromptGrid(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.drawn_at = state_dict["drawn_at"]
-
-
-def settings_of(sampler: dict[str, Any], seed: int) -> Settings:
-    """The sampler that the exported model recommends, at its own resolution."""
-    return Settings(
-        solver=sampler["solver"],
-        steps=sampler["steps"],
-        guidance=Guidance(sampler["guidance"], (0.0, 1.0), 0.0),
-        height=sampler["resolution"],
-        width=sampler["resolution"],
-        seed=seed,
-        micro_batch=sampler["micro_batch"],
-    )

@@ -57,7 +57,7 @@ def source_of(protocol: Protocol, own: Source | None, root: Path) -> Source | Ta
 
 
 class Images:
-    """Images 0 to N - 1 of `split`, in the order of the sha256 of their keys, at `resolution`.
+    """Images 0 to N - 1 of `split`, in the order of `place_in_list` of their keys, at `resolution`.
 
     Limits of images and what is done without a caption are fixed here: no option of a run changes the list.
 
@@ -77,7 +77,7 @@ class Images:
         self.split, self.resolution, self.num_workers = split, resolution, num_workers
         self.selection = Selection(Index(shards_of(source, split), cache), Policy())
         keys = [self.selection.index.key(self.selection.row(sample)) for sample in range(len(self.selection))]
-        self.samples = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(keys[i].encode()).digest(), i))
+        self.samples = sorted(range(len(keys)), key=lambda i: (place_in_list(keys[i]), i))
         self.keys = [keys[sample] for sample in self.samples]
 
     def __len__(self) -> int:
@@ -126,6 +126,15 @@ def shards_of(source: Source | TarFolder, split: str) -> list[str]:
         raise
     except ValueError as error:
         raise UserError(f"the protocol's split {split} is none of the data: {error}") from error
+
+
+def place_in_list(key: str) -> str:
+    """What a list is sorted by: sha256 of "evaluation <key>".
+
+    Not of the key alone: by that, splits may have been made, and then the list's first part would be another
+    population than the rest.
+    """
+    return hashlib.sha256(f"evaluation {key}".encode()).hexdigest()
 
 
 def text_digest(lines: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from fluxflow_train.errors import UserError
 FOLDER = "protocols"
 RULES = 1  # of what no key says, such as limits of images and quantisation: raised where they change
 CROP = "central-square"  # of the short side, resized with PIL's bicubic
-LIST = "keys-by-sha256"  # any first part of the list is a random draw, the same one everywhere
+LIST = "keys-by-salted-sha256"  # any first part of the list is a random draw, the same one everywhere
 OWN = "run"  # the run's own resolution, or data
 TITLES = ("id", "title")  # words that change no number
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxflow_train import rng
-from fluxflow_train.callbacks.prompts import settings_of
-from fluxflow_train.generation import Request, Settings, generate, latent_shape, pinned_precision
+from fluxflow_train.generation import Request, Settings, generate, latent_shape, pinned_precision, settings_of
 from fluxflow_train.models.text_to_image import TextToImage
 from fluxflow_train.objectives import Objective
 from fluxflow_train.pixels import dequantize, quantize

@@ -1,13 +1,21 @@
 """A report into the W&B run that trained the model: numbers in its summary, pictures, and the page itself."""
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fluxflow_train.errors import UserError
+
+PICTURES = ("captioned", "triples", "examples")  # of the kinds of reports, the first that it has
 
 
 def log_report(report: dict[str, Any], folder: Path, settings: Any) -> None:
-    """`settings`: the run's own logger (project, name, group, id, save_dir, offline), whose run is gone on with.
+    """Go on with the W&B run of `settings`, the run's own logger: project, name, group, id, offline.
+
+    `folder` has the report's files; W&B's own are kept there too.
 
     Numbers are named `<protocol>/<result>`, with `/guidance-<scale>` where scales were swept.
 
@@ -23,7 +31,7 @@ def log_report(report: dict[str, Any], folder: Path, settings: Any) -> None:
         name=settings.name,
         group=settings.group,
         id=settings.id,
-        dir=settings.save_dir,
+        dir=str(folder),
         resume="allow",
         mode="offline" if settings.offline else None,
         job_type="evaluation",
@@ -33,7 +41,7 @@ def log_report(report: dict[str, Any], folder: Path, settings: Any) -> None:
         run.summary.update(numbers(report))
         page = folder / "report.html"
         run.log({f"{name}/report": wandb.Html(str(page))})
-        pictures = report["figures"].get("captioned") or report["figures"].get("triples") or []
+        pictures = next((report["figures"][key] for key in PICTURES if report["figures"].get(key)), [])
         run.log({f"{name}/pictures": [picture(wandb, item) for item in pictures]})
         artifact = wandb.Artifact(f"report-{settings.id}-{folder.name}", type="report")
         for path in (page, folder / "report.json", folder / "report.md"):
@@ -57,11 +65,6 @@ def numbers(report: dict[str, Any]) -> dict[str, float | str]:
 
 def picture(wandb: Any, item: dict[str, Any]) -> Any:
     """A `wandb.Image` of one of the report's base64 PNGs."""
-    import base64
-    import io
-
-    from PIL import Image
-
     data = item.get("image") or item["reconstruction"]
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         return wandb.Image(image.convert("RGB"), caption=item["caption"])

@@ -16,6 +16,7 @@ from fluxflow_train import rng
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.data.latent_data import LatentData
 from fluxflow_train.errors import UserError
+from fluxflow_train.generation import settings_of
 from fluxflow_train.losses import at_least_fp32
 from fluxflow_train.models.text_to_image import TextToImage
 from fluxflow_train.models.vae import reparameterise
@@ -64,7 +65,8 @@ class FlowTask(BudgetTask):
             latents: makes the data module of cached latents from that of images; None encodes images as they come.
 
         Raises:
-            UserError: the VAE's weights are not to be had; guidance by a null condition that is never trained.
+            UserError: the VAE's weights are not to be had; the sampler can draw nothing; guidance by a null condition
+                that is never trained.
         """
         super().__init__(budget_images, seed, lr_warmup, lr_final, clip_norm, log_every, max_bad_steps)
         if not 0 <= cfg_dropout_prob <= 1:
@@ -74,6 +76,8 @@ class FlowTask(BudgetTask):
                 "task.cfg_dropout_prob=0 never trains the null condition, which guidance needs: "
                 "add task.sampler.guidance=1, or leave some captions out"
             )
+        settings = settings_of(sampler, seed)  # what can't be drawn is refused before anything is trained
+        objective.scheduler(settings.solver, settings.steps)
         load_weights(model.vae, vae, vae_sha256)
         # Kept out of the module tree: a frozen network has no place in a checkpoint.
         self.model: TextToImage

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from fluxflow_train.callbacks.ema import EMA
-from fluxflow_train.callbacks.prompts import PromptGrid, settings_of
+from fluxflow_train.callbacks.prompts import PromptGrid
+from fluxflow_train.generation import settings_of
 from fluxflow_train.models.text import TextEncoder
 from fluxflow_train.models.text_scratch import ScratchBackbone
 from fluxflow_train.models.text_to_image import TextToImage

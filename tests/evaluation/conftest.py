@@ -43,7 +43,7 @@ CONTENT: dict[str, Any] = {
     "resizer": "tm-aa",
     "extractor": COLOURS,
     "num_images": None,
-    "list": "keys-by-sha256",
+    "list": "keys-by-salted-sha256",
 }
 
 

@@ -36,7 +36,7 @@ def test_the_hash_is_of_canonical_json(protocol: Protocol) -> None:
             "crop": "central-square",
             "dataset": "coco2014",
             "extractor": "inception-v3-compat",
-            "list": "keys-by-sha256",
+            "list": "keys-by-salted-sha256",
             "num_images": 30000,
             "reference_split": "val",
             "resizer": "tf1",

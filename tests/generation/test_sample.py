@@ -149,6 +149,15 @@ def test_mistakes_are_one_line(sample: Sample, arguments: list[str], message: st
     assert result.code != 0 and message in result.output and result.output.count("\n") == 1
 
 
+def test_a_file_where_pictures_should_go_is_one_line(run: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        done = command("fluxflow_train.sample", f"run={run}", "prompts=[a]", f"out={out}", "device=cpu")
+        assert done.code == 1 and done.output.count("\n") == 1 and "name a folder" in done.output
+    assert file.read_text() == "mine"
+
+
 def test_runs_that_cannot_draw_are_one_line(
     sample: Sample, vae_run: Path, run_without_dropout: Path, tmp_path: Path
 ) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as reference
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from fluxflow_train.errors import UserError
 from fluxflow_train.metrics import inception
+from fluxflow_train.metrics.fid import torchmetrics_frechet
 from fluxflow_train.metrics.inception import Inception, InceptionFeatures, calibrated_random_inception
 from fluxflow_train.metrics.resize import resize
 
@@ -75,6 +77,16 @@ def test_features_are_torch_fidelitys(weights: Path, image: Tensor) -> None:
     features = ours(image)
     assert features.shape == (3, 2048) and features.dtype == torch.float32 and not features.requires_grad
     torch.testing.assert_close(features, theirs(image)[0], rtol=0, atol=1e-5)
+
+
+def test_the_distance_of_these_features_is_torch_fidelitys(extractor: InceptionFeatures) -> None:
+    """The same stored features of 48 pictures; of the first 8 widths, in which that many make full covariances."""
+    images = torch.cat([inception.calibration_images(seed) for seed in range(1, 7)])
+    real, fake = (part[:, :8].contiguous() for part in extractor(images).split(24))
+    statistics = [fid_features_to_statistics(features.double()) for features in (real, fake)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    assert theirs > 0.001
+    assert torchmetrics_frechet(real, fake) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_random_features_tell_images_apart(extractor: InceptionFeatures, image: Tensor) -> None:
