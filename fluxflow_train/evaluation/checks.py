@@ -74,8 +74,8 @@ def estimator_checks(findings: Findings, kid_name: str) -> list[dict[str, Any]]:
             check("Frechet distance by another route", worst < CROSS_CHECK, f"relative difference {worst:.2g}")
         )
     floor, rough = findings.entry(f"{kid_name}_noise_floor"), findings.entry(f"{kid_name}_degraded")
-    if floor is not None and rough is not None:
-        least = floor["interval"][0] if floor["interval"] else floor["raw"]  # of few images the value itself is chance
+    if floor is not None and rough is not None and floor["n_real"] >= MIN_IMAGES // 2:  # of fewer the floor is chance
+        least = floor["interval"][0] if floor["interval"] else floor["raw"]
         checks.append(
             check(
                 "real images are nearer to real ones than to degraded ones",

@@ -152,11 +152,11 @@ def test_the_other_checks_can_fail() -> None:
     assert failed([fingerprint_check([1.0, 2.0], [1.0, 2.0])]) == []
     assert len(failed([fingerprint_check([1.0, 2.0], [1.0, 2.01])])) == 1
     assert failed(reference_checks(draw(50, 3, 0))) == []
-    real, fake = draw(60, 3, 0), draw(60, 3, 1)
-    found = distances(extractor(1), real_of(real, draw(60, 3, 2, 4), real), fake, seed=0)
+    real, fake = draw(80, 3, 0), draw(80, 3, 1)
+    found = distances(extractor(1), real_of(real, draw(80, 3, 2, 4), real), fake, seed=0)
     found.cross_checks.append((1.0, 0.1))
     assert failed(estimator_checks(found, "kid_pooled")) == ["Frechet distance by another route"]
-    uneven = torch.cat([real[:30], real[30:] + 50])
+    uneven = torch.cat([real[:40], real[40:] + 50])
     found = distances(extractor(1), real_of(uneven, uneven, uneven), fake, seed=0)
     assert failed(estimator_checks(found, "kid_pooled")) == [
         "real images are nearer to real ones than to degraded ones"
