@@ -1,8 +1,9 @@
 """Losses: pure functions on tensors, in fp32 whatever the precision around them; tasks weigh, sum and log.
 
 Shapes: B batch, C channels, H W pixels, D latent channels, h w latent grid.
-Whoever trains on several ranks reduces what enters non-linearly: the per-channel KL before `free_bits`, the gradients
-at the last layer before their norms; equal shards make the mean over ranks the mean over the global batch.
+What enters non-linearly is taken of the whole global batch, over ranks and micro batches, by whoever trains: the
+per-channel KL that decides which channels are `charged`, the gradients at the last layer before their norms. All the
+rest is a mean over samples, so equal shards make the mean over ranks the mean over the global batch.
 """
 
 from collections.abc import Callable
@@ -41,13 +42,15 @@ def kl_per_channel(mu: Tensor, logvar: Tensor) -> Tensor:
     return kl(mu, logvar).mean(dim=(0, 2, 3))
 
 
-def free_bits(channel_kl: Tensor, nats: float) -> Tensor:
+def free_bits(channel_kl: Tensor, nats: float, charged: Tensor) -> Tensor:
     """Mean over channels of `max(kl, nats)`, a scalar: below `nats` per element a channel's KL costs nothing more.
 
-    `nats` = 0 gives the mean over latent elements.
+    `charged` (D,) bool says for which channels the KL of the whole global batch is above `nats`; `channel_kl` (D,) may
+    be of a part of it, and the mean over the parts is then the whole's, gradients included.
+    `nats` = 0 with all channels charged gives the mean over latent elements.
     Source: Kingma et al. 2016, "Improved variational inference with inverse autoregressive flow", eq. 15.
     """
-    return channel_kl.clamp(min=nats).mean()
+    return torch.where(charged, channel_kl, nats).mean()
 
 
 def rate_nats(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -77,17 +80,6 @@ def clamped_ratio(norm_rec: Tensor, norm_gan: Tensor, low: float = 0.0, high: fl
     Source: Esser et al. 2021, "Taming transformers", eq. 7 (delta = 1e-6).
     """
     return (norm_rec / (norm_gan + 1e-6)).clamp(low, high)
-
-
-def adaptive_weight(
-    loss_rec: Tensor, loss_gan: Tensor, parameter: Tensor, low: float = 0.0, high: float = 10.0
-) -> Tensor:
-    """The weight that gives the GAN loss as much gradient at `parameter` as the reconstruction; detached scalar.
-
-    For one rank. On several, average the `gradients_at` over the ranks before the norms.
-    """
-    rec, gan = gradients_at(parameter, loss_rec, loss_gan)
-    return clamped_ratio(at_least_fp32(rec).norm(), at_least_fp32(gan).norm(), low, high)
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:

@@ -124,15 +124,16 @@ def test_gan_updates_move_their_own_network_only(config: Config) -> None:
     cfg = config("+experiment=vae_bezier", "gan=patch", "task.adversary.disc_start=0", "task.adversary.gan_start=0")
     task = build_task(cfg)
     moved: list[tuple[bool, bool]] = []
-    plain_update = task.update
+    plain_step = task.step
 
-    def update(*arguments: Any, **words: Any) -> None:
+    def step(*arguments: Any) -> torch.Tensor:
         before = snapshot(task.vae), snapshot(task.discriminator)
-        plain_update(*arguments, **words)
+        norm = plain_step(*arguments)
         after = snapshot(task.vae), snapshot(task.discriminator)
         moved.append(tuple(any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, after, strict=True)))  # type: ignore[arg-type]
+        return norm
 
-    task.update = update
+    task.step = step
     take_step(task, cfg)
     assert moved == [(True, False), (False, True)]
 
@@ -141,22 +142,20 @@ def test_gan_pull_is_the_gradient_of_the_generator_loss(config: Config) -> None:
     """Against plain autograd through D: the term's gradient is weight * ratio * d loss_gan / d parameters."""
     from fluxflow_train import losses
 
-    cfg = config("+experiment=vae_bezier", "gan=patch")
+    cfg = config("+experiment=vae_bezier", "gan=patch", "task.adversary.disc_start=0", "task.adversary.gan_start=0")
     task = build_task(cfg)
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    out = task.vae(x, torch.zeros(2, *task.vae.latent_shape(32, 32)))
-    rec = losses.l2_loss(out.x_hat, x)
-    fake = out.x_hat.detach().requires_grad_()
-    logs: dict[str, torch.Tensor] = {}
-    pull = task.gan_pull(rec, out.x_hat, fake, task.discriminator(fake), logs)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    part = {"image": images, "epoch": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+    passed = task.passed(part)
+    whole = task.whole_batch([passed])
     parameters = list(task.vae.parameters())
-    ours = torch.autograd.grad(pull, parameters, retain_graph=True, allow_unused=True)
-    loss_gan = losses.hinge_generator_loss(task.discriminator(out.x_hat))
+    ours = torch.autograd.grad(whole.gan_weight * passed.pull, parameters, retain_graph=True, allow_unused=True)
+    loss_gan = losses.hinge_generator_loss(task.discriminator(passed.out.x_hat))
     plain = torch.autograd.grad(loss_gan, parameters, retain_graph=True, allow_unused=True)
-    ratio = losses.adaptive_weight(rec, loss_gan, task.vae.last_layer)
+    rec, gan = losses.gradients_at(task.vae.last_layer, passed.rec, loss_gan)
     for a, b in zip(ours, plain, strict=True):
         if a is not None and b is not None:
-            torch.testing.assert_close(a, 0.5 * ratio * b, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(a, 0.5 * rec.norm() / gan.norm() * b, rtol=1e-3, atol=1e-7)
 
 
 def test_step_with_nan_is_left_out_and_too_many_stop_the_run(config: Config) -> None:

@@ -4,7 +4,6 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from fluxflow_train.losses import (
-    adaptive_weight,
     clamped_ratio,
     free_bits,
     gradients_at,
@@ -48,7 +47,8 @@ def test_kl_and_rate_against_torch_distributions() -> None:
     torch.testing.assert_close(kl(mu, logvar), reference, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rate_nats(mu, logvar), reference.flatten(1).sum(1))
     torch.testing.assert_close(kl_per_channel(mu, logvar), reference.transpose(0, 1).flatten(1).mean(1))
-    torch.testing.assert_close(free_bits(kl_per_channel(mu, logvar), 0.0), reference.mean())
+    charged = torch.ones(mu.shape[1], dtype=torch.bool)
+    torch.testing.assert_close(free_bits(kl_per_channel(mu, logvar), 0.0, charged), reference.mean())
 
 
 def test_kl_is_exact_near_the_prior() -> None:
@@ -58,7 +58,8 @@ def test_kl_is_exact_near_the_prior() -> None:
 
 def test_free_bits_stop_the_gradient_of_cheap_channels_only() -> None:
     mu = torch.stack([torch.full((4, 4), 0.1), torch.full((4, 4), 2.0)]).unsqueeze(0).requires_grad_()
-    loss = free_bits(kl_per_channel(mu, torch.zeros(1, 2, 4, 4)), nats=0.5)
+    channel_kl = kl_per_channel(mu, torch.zeros(1, 2, 4, 4))
+    loss = free_bits(channel_kl, nats=0.5, charged=channel_kl > 0.5)
     loss.backward()
     assert loss.item() == pytest.approx((0.5 + 2.0) / 2)
     assert mu.grad is not None and (mu.grad[0, 0] == 0).all() and (mu.grad[0, 1] > 0).all()
@@ -66,7 +67,19 @@ def test_free_bits_stop_the_gradient_of_cheap_channels_only() -> None:
 
 def test_free_bits_clamp_the_average_not_each_image() -> None:
     mu = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)  # KL 0 and 2, mean 1
-    assert free_bits(kl_per_channel(mu, torch.zeros_like(mu)), nats=0.5).item() == pytest.approx(1.0)
+    channel_kl = kl_per_channel(mu, torch.zeros_like(mu))
+    assert free_bits(channel_kl, nats=0.5, charged=channel_kl > 0.5).item() == pytest.approx(1.0)
+
+
+def test_free_bits_of_parts_average_to_the_whole() -> None:
+    """Gradients included: whether a channel is charged is decided by the whole batch, here against its parts."""
+    mu = torch.tensor([0.0, 2.0, 0.0, 0.5]).view(2, 2, 1, 1).requires_grad_()  # channel KLs 0 and 1.06 (2 and 0.125)
+    whole = kl_per_channel(mu, torch.zeros_like(mu))
+    charged = whole > 0.5
+    (reference,) = torch.autograd.grad(whole.clamp(min=0.5).mean(), mu)
+    parts = [free_bits(kl_per_channel(m, torch.zeros_like(m)), 0.5, charged) for m in mu.split(1)]
+    (ours,) = torch.autograd.grad(sum(parts[1:], parts[0]) / 2, mu)
+    torch.testing.assert_close(ours, reference)
 
 
 def test_hinge_losses_by_hand() -> None:
@@ -88,13 +101,13 @@ def test_ratio_passes_nan_on() -> None:
 
 
 @pytest.mark.parametrize("scale", [-1.0, 1.0])
-def test_adaptive_weight_is_a_ratio_of_norms_whatever_the_sign_of_the_loss(scale: float) -> None:
+def test_ratio_is_of_gradient_norms_whatever_the_sign_of_the_loss(scale: float) -> None:
     parameter = noise(4, 3).requires_grad_()
     y = parameter @ noise(3, 5, seed=1)
     loss_rec, loss_gan = y.square().mean(), scale * y.mean()
     rec = torch.autograd.grad(loss_rec, parameter, retain_graph=True)[0]
     gan = torch.autograd.grad(loss_gan, parameter, retain_graph=True)[0]
-    weight = adaptive_weight(loss_rec, loss_gan, parameter)
+    weight = clamped_ratio(*(gradient.norm() for gradient in gradients_at(parameter, loss_rec, loss_gan)))
     torch.testing.assert_close(weight, rec.norm() / gan.norm(), rtol=1e-4, atol=1e-6)
     assert not weight.requires_grad
     (loss_rec + weight * loss_gan).backward()  # the graph is still there

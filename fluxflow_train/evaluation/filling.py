@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fluxflow_train.data.lock import alone
 from fluxflow_train.errors import UserError
-from fluxflow_train.evaluation.ranks import Ranks
 from fluxflow_train.evaluation.store import FeatureStore
+from fluxflow_train.ranks import Ranks
 from fluxflow_train.reports.progress import progress
 
 console = Console(stderr=True)

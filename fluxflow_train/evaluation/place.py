@@ -13,12 +13,12 @@ from fluxflow_train.evaluation import protocol as protocols
 from fluxflow_train.evaluation.extractors import ExtractorOptions, identity, open_extractor
 from fluxflow_train.evaluation.images import Images, source_of
 from fluxflow_train.evaluation.protocol import OWN, Protocol, digest
-from fluxflow_train.evaluation.ranks import Ranks
 from fluxflow_train.evaluation.reference import MAX_TRAIN, Need, Real, RealFeatures, Reference, degraded, original
 from fluxflow_train.evaluation.report import Setting
 from fluxflow_train.evaluation.store import FeatureStore
 from fluxflow_train.hardware import device_of
 from fluxflow_train.metrics.extractor import Extractor
+from fluxflow_train.ranks import Ranks
 
 FEATURES = "features"
 

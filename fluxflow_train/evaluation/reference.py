@@ -16,9 +16,9 @@ from fluxflow_train.evaluation.extractors import identity
 from fluxflow_train.evaluation.filling import Make, discard_damaged, fill, refuse_damaged
 from fluxflow_train.evaluation.images import Images
 from fluxflow_train.evaluation.protocol import Protocol
-from fluxflow_train.evaluation.ranks import Ranks
 from fluxflow_train.evaluation.store import FeatureStore
 from fluxflow_train.metrics.extractor import Extractor
+from fluxflow_train.ranks import Ranks
 
 FOLDER = "references"
 MAX_TRAIN = 4096  # training images that PCA and neighbours are taken from

@@ -15,10 +15,10 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.evaluation.generation import Drawings
 from fluxflow_train.evaluation.place import Options, Place
 from fluxflow_train.evaluation.protocol import Protocol
-from fluxflow_train.evaluation.ranks import placed, process_group
 from fluxflow_train.evaluation.reconstruction import Reconstructions
 from fluxflow_train.metrics.extractor import Extractor
 from fluxflow_train.models.text_to_image import TextToImage
+from fluxflow_train.ranks import placed, process_group
 from fluxflow_train.reports.build import write_report
 from fluxflow_train.reports.progress import clock
 from fluxflow_train.weights import load_model

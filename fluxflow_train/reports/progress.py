@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fluxflow_train import preemption
+
 
 @contextmanager
 def clock(cost: dict[str, float], name: str) -> Iterator[None]:
@@ -20,9 +22,18 @@ def clock(cost: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Any]:
-    """A bar on stderr, silent where that is no terminal; yields the function that advances it."""
+    """A bar on stderr, silent where that is no terminal; yields the function that advances it.
+
+    Raises:
+        Stopped: a signal came; what was made so far is kept where it was written.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
         task: TaskID = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
+
+        def advance(amount: int) -> None:
+            preemption.check()
+            bar.advance(task, amount)
+
+        yield advance

@@ -1,15 +1,19 @@
 """What every task shares: a clock of images, guarded updates, records, and the state that a resumed run needs."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fluxflow_train import schedule
+from fluxflow_train import ranks, rng, schedule
 from fluxflow_train.tasks.guard import Guard
 from fluxflow_train.tasks.meters import Meters
 
@@ -28,13 +32,19 @@ class BudgetTask(L.LightningModule):
         clip_norm: float,
         log_every: int,
         max_bad_steps: int,
+        num_micro_batches: int = 1,
     ):
         """
         Args:
+            num_micro_batches: how many parts a rank's share of each batch is passed through in, to save memory.
             lr_warmup: fraction of the budget; lr_final: last learning rate as a fraction of the first.
             log_every: images between records. max_bad_steps: steps with NaN or Inf that training survives.
         """
         super().__init__()
+        if num_micro_batches < 1:
+            raise ValueError(f"num_micro_batches: got {num_micro_batches}, expected at least 1")
+        self.num_micro_batches = num_micro_batches
+        self.wrapped: dict[str, Any] = {}  # the trained nets as several ranks call them; outside the module tree
         self.automatic_optimization = False
         self.budget_images, self.seed = budget_images, seed
         self.lr_warmup, self.lr_final = lr_warmup, lr_final
@@ -61,16 +71,22 @@ class BudgetTask(L.LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
 
-    def update(
-        self, optimizer: LightningOptimizer, net: nn.Module, loss: Tensor, batch: dict, logs: dict, suffix: str = ""
-    ) -> None:
-        """One guarded optimizer step of `net`."""
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        norm, found_inf = self.guard.step(net, optimizer.optimizer, loss, self.clip_norm)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Should a net draw from the global generator (dropout), a resumed run draws the same.
+        torch.manual_seed(rng.torch_seed(self.seed, "step", self.batches_done, self.global_rank))
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradients of one part's mean loss to those of the batch."""
+        self.manual_backward(loss / self.num_micro_batches)
+
+    def step(self, optimizer: LightningOptimizer, net: nn.Module, loss: Tensor, keys: list[str]) -> Tensor:
+        """One guarded optimizer step of `net`; `loss` is the batch's on this rank. Returns the gradient norm."""
+        # A loss that is NaN or Inf on one rank must hold back all of them.
+        norm, found_inf = self.guard.step(net, optimizer.optimizer, ranks.mean(loss.detach()), self.clip_norm)
         optimizer.step()
-        self.guard.remember(found_inf, self.images_seen, batch["key"])
-        logs[f"grad_norm{suffix}"] = norm.detach()
+        optimizer.zero_grad()
+        self.guard.remember(found_inf, self.images_seen, keys)
+        return norm.detach()
 
     def count_batch(self, num_images: int, lr: float, logs: dict[str, Tensor]) -> None:
         """Move the clock on, and record every `log_every` images."""
@@ -79,6 +95,29 @@ class BudgetTask(L.LightningModule):
         self.meters.add(logs)
         if before // self.log_every != self.images_seen // self.log_every or self.images_seen >= self.budget_images:
             self.record_training(lr)
+
+    # ---- several ranks ----
+
+    def trained_nets(self) -> dict[str, nn.Module]:
+        """The nets that an optimizer steps, each with a forward that all its gradients come from."""
+        raise NotImplementedError
+
+    def net(self, name: str) -> Any:
+        """A trained net as it must be called for its gradients to be those of all ranks."""
+        return self.wrapped.get(name) or self.trained_nets()[name]
+
+    def parallelize(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        self.wrapped = {name: wrap(net) for name, net in self.trained_nets().items()}
+
+    @contextmanager
+    def reducing(self, is_last: bool) -> Iterator[None]:
+        """Gradients travel between ranks in the last backward of a batch, not in those before it."""
+        for net in self.wrapped.values():
+            if isinstance(net, DistributedDataParallel):
+                net.require_backward_grad_sync = is_last
+            else:  # FSDP
+                net.set_requires_gradient_sync(is_last)
+        yield
 
     # ---- records ----
 
@@ -90,7 +129,9 @@ class BudgetTask(L.LightningModule):
         """Send the means since the last record to the loggers, and look for steps that were left out."""
         self.read_guard()
         self.count_time()
-        values = {f"train/{name}": mean for name, mean in self.meters.read().items()}
+        means = self.meters.read()
+        reduced = ranks.mean(torch.tensor(list(means.values()), dtype=torch.float64)).tolist()
+        values = {f"train/{name}": mean for name, mean in zip(means, reduced, strict=True)}
         values |= {"train/lr": lr, "train/bad_steps": float(self.guard.num_bad_steps)}
         images, seconds = self.last_record
         values["train/images_per_second"] = (self.images_seen - images) / (self.seconds_training - seconds)
@@ -100,7 +141,9 @@ class BudgetTask(L.LightningModule):
     def read_guard(self) -> None:
         """Write down the updates that were left out; too many end the run."""
         steps = self.guard.read()
-        if steps:
+        for step in steps:  # the same on all ranks
+            step.keys = [key for share in ranks.gather(step.keys) for key in share]
+        if steps and self.global_rank == 0:
             with (Path(self.trainer.default_root_dir) / "bad_steps.txt").open("a") as file:
                 file.writelines(f"{step.images_seen}\t{' '.join(step.keys)}\n" for step in steps)
         self.guard.check(steps)
@@ -134,7 +177,8 @@ class BudgetTask(L.LightningModule):
             "batches_done": self.batches_done,
             "seconds_training": self.seconds_training,
             "num_bad_steps": self.guard.num_bad_steps,
-            "meters": self.meters.state_dict(),
+            "meters": ranks.gather(self.meters.state_dict()),
+            "num_micro_batches": self.num_micro_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -142,7 +186,7 @@ class BudgetTask(L.LightningModule):
         self.images_seen, self.batches_done = state["images_seen"], state["batches_done"]
         self.seconds_training = state["seconds_training"]
         self.guard.num_bad_steps = state["num_bad_steps"]
-        self.meters.load_state_dict(state["meters"])
+        self.meters.load_state_dict(state["meters"], self.global_rank)
 
 
 def build_optimizer(net: nn.Module, build: OptimizerFactory) -> Optimizer:

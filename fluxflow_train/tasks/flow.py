@@ -22,6 +22,7 @@ from fluxflow_train.models.text_to_image import TextToImage
 from fluxflow_train.models.vae import reparameterise
 from fluxflow_train.pixels import dequantize
 from fluxflow_train.tasks.budget import BudgetTask, OptimizerFactory, build_optimizer
+from fluxflow_train.tasks.parts import mean, split
 from fluxflow_train.weights import load_weights
 
 QUARTERS = 4  # of the time axis, for the validation loss
@@ -55,6 +56,7 @@ class FlowTask(BudgetTask):
         clip_norm: float,
         log_every: int,
         max_bad_steps: int,
+        num_micro_batches: int = 1,
     ):
         """
         Args:
@@ -68,7 +70,9 @@ class FlowTask(BudgetTask):
             UserError: the VAE's weights are not to be had; the sampler can draw nothing; guidance by a null condition
                 that is never trained.
         """
-        super().__init__(budget_images, seed, lr_warmup, lr_final, clip_norm, log_every, max_bad_steps)
+        super().__init__(
+            budget_images, seed, lr_warmup, lr_final, clip_norm, log_every, max_bad_steps, num_micro_batches
+        )
         if not 0 <= cfg_dropout_prob <= 1:
             raise ValueError(f"cfg_dropout_prob must be in [0, 1], got {cfg_dropout_prob}")
         if cfg_dropout_prob == 0 and sampler["guidance"] != 1:
@@ -104,6 +108,9 @@ class FlowTask(BudgetTask):
         self.model.to(self.device)
         super().on_fit_start()
 
+    def trained_nets(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
     def ema_modules(self) -> dict[str, nn.Module]:
         """The nets whose average is validated and exported."""
         return {"text": self.text, "flow": self.flow}
@@ -136,12 +143,17 @@ class FlowTask(BudgetTask):
         num_images = len(batch["index"]) * self.trainer.world_size
         optimizer: Any = self.optimizers()
         self.set_learning_rate([optimizer], num_images)
-        noised = self.noised(batch)
-        dropped = self.dropped(batch)
-        loss = self.losses(batch, noised, dropped).mean()
-        logs = {"loss": loss.detach(), "dropped": dropped.float().mean()}
-        self.update(optimizer, self, loss, batch, logs)
-        self.count_batch(num_images, optimizer.param_groups[0]["lr"], logs)
+        parts = split(batch, self.num_micro_batches)
+        logs = []
+        for number, part in enumerate(parts, 1):
+            dropped = self.dropped(part)
+            with self.reducing(number == len(parts)):
+                loss = self.losses(part, self.noised(part), dropped).mean()
+                self.accumulate(loss)
+            logs.append({"loss": loss.detach(), "dropped": dropped.float().mean()})
+        means = mean(logs)
+        means["grad_norm"] = self.step(optimizer, self, means["loss"], batch["key"])
+        self.count_batch(num_images, optimizer.param_groups[0]["lr"], means)
 
     def noised(self, batch: dict) -> Noised:
         """Latent, noise and time of each sample by its own streams: the same on any number of ranks and workers."""
@@ -172,7 +184,7 @@ class FlowTask(BudgetTask):
     def losses(self, batch: dict, noised: Noised, dropped: Tensor) -> Tensor:
         """Mean squared error of each sample, (B,), in fp32."""
         z_t = self.objective.interpolate(noised.z, noised.eps, noised.t)
-        prediction = self.model(z_t, noised.t, *self.hidden(batch), dropped)
+        prediction = self.net("model")(z_t, noised.t, *self.hidden(batch), dropped)
         error = at_least_fp32(prediction) - self.objective.target(noised.z, noised.eps, noised.t)
         return error.square().flatten(1).mean(1)
 

@@ -1,7 +1,15 @@
-"""Means of logged scalars over the images between two records, kept on the device until they are read."""
+"""Means of logged scalars over the images between two records, kept on the device until they are read.
+
+Each rank keeps those of its own share of the batches; a task averages what it reads over the ranks.
+"""
+
+from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fluxflow_train import ranks
 
 
 class Meters:
@@ -28,8 +36,15 @@ class Meters:
         self._counts.clear()
         return means
 
-    def state_dict(self) -> dict:
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; waits for the device."""
+        return {"sums": {name: total.item() for name, total in self._sums.items()}, "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: dict) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        """From the states of all ranks that there were; with fewer or more of them now, each gets their mean."""
+        sums = [state["sums"] for state in states]
+        mine = (
+            sums[rank] if rank < len(sums) == ranks.world_size() else {n: mean([s[n] for s in sums]) for n in sums[0]}
+        )
+        self._sums = {name: torch.tensor(total) for name, total in mine.items()}
+        self._counts = dict(states[0]["counts"])

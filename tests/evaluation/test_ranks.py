@@ -23,10 +23,10 @@ from fluxflow_train.data.sources.shapes import Shapes
 from fluxflow_train.errors import UserError
 from fluxflow_train.evaluation.place import Options
 from fluxflow_train.evaluation.protocol import parse
-from fluxflow_train.evaluation.ranks import Ranks, placed, process_group
 from fluxflow_train.evaluation.run import evaluate_run
 from fluxflow_train.metrics.extractor import state_sha256
 from fluxflow_train.metrics.module_extractor import ModuleExtractor
+from fluxflow_train.ranks import Ranks, placed, process_group
 
 WORLDS = (1, 2, 4)
 COUNTS = (48, 47, 3)  # of 48 images: shares that are even, that are not, and a rank without any
