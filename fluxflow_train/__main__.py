@@ -1,8 +1,13 @@
 """`python -m fluxflow_train +experiment=vae_bezier`: train, validate, evaluate at the end."""
 
-from omegaconf import DictConfig
+from fluxflow_train import preemption
 
-from fluxflow_train.cli import command
+if __name__ == "__main__":
+    preemption.listen()  # first of all: a signal may come while the imports below take their seconds
+
+from omegaconf import DictConfig  # noqa: E402
+
+from fluxflow_train.cli import command  # noqa: E402
 
 
 @command("train")

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fluxflow_train.errors import UserError
+from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
 
 USERS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # where the user may be the cause
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -28,8 +28,9 @@ def config_folder() -> Path:
 def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make `body(cfg)` a command over `conf/<config_name>.yaml`.
 
-    What the user can put right is answered by one line and exit code 1 (2 for the command line itself); anything else
-    is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
+    What the user can put right is answered by one line and exit code 1 (2 for the command line itself). Exit code 85
+    says that the command was asked to end and the same one goes on, 130 that Ctrl-C ended it at once. Anything else is
+    a defect and keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
     """
 
     def decorate(body: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -37,12 +38,15 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
             show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
             failed: list[Exception] = []
+            stopped: list[Stopped] = []
 
             def run(cfg: DictConfig) -> None:
                 try:
                     body(cfg)
                 except USERS as error:  # kept from Hydra, which would print lines of its own
                     failed.append(error)
+                except Stopped as error:
+                    stopped.append(error)
 
             try:
                 hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(run)()
@@ -53,6 +57,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                     raise
                 print(f"error: {one_line(error)}{suggestion(error)}", file=sys.stderr)
                 sys.exit(2)
+            if stopped:
+                if str(stopped[0]):
+                    print(stopped[0], file=sys.stderr)
+                sys.exit(EXIT_STOPPED)
             for error in failed:
                 answer = explain(error)
                 if show_all or answer is None:

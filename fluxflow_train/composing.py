@@ -22,13 +22,18 @@ from fluxflow_train.weights import DESCRIPTION, WEIGHTS, build, read_description
 console = Console(stderr=True)
 
 
-def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
-    """The run directory, new or again, and the resolved configuration that it holds."""
+def open_run(cfg: DictConfig, lock: bool = True) -> tuple[RunDirectory, DictConfig]:
+    """The run directory, new or again, and the resolved configuration that it holds.
+
+    `lock` keeps other jobs out; a rank that follows another into a run has no lock of its own.
+    """
     chosen = not OmegaConf.is_missing(cfg, "name")
     if cfg.run is None and not chosen:
         raise UserError("nothing to train: add +experiment=vae_bezier (--help lists all), or run=DIR to resume a run")
     run_id = cfg.run_id or new_run_id()
     directory = RunDirectory(Path(cfg.run or f"outputs/{cfg.name}/{run_id}").expanduser())
+    if lock and directory.exists():
+        directory.lock()
     saved = directory.config() if directory.exists() else None
     if not chosen and saved is None:
         raise UserError(f"{directory.path} holds no run yet: add +experiment=vae_bezier to begin one there")
@@ -55,11 +60,17 @@ def open_run(cfg: DictConfig) -> tuple[RunDirectory, DictConfig]:
     return directory, plain(cfg)
 
 
-def refuse_impossible(config: DictConfig, task: Any) -> None:
+def refuse_impossible(config: DictConfig, task: Any, world_size: int) -> None:
     """What would otherwise come out only after data were prepared, or after hours of training."""
     if config.evaluate.split is not None:
         refuse_unknown_split(config.evaluate.split)
     size = config.data.module.resolution
+    batch, parts = config.data.module.batch_size, world_size * task.num_micro_batches
+    if batch % parts:
+        raise UserError(
+            f"scale.batch_size={batch} can't be shared by {world_size} ranks x {task.num_micro_batches} micro batches: "
+            f"make it a multiple of {parts}"
+        )
     if size % task.stride:
         raise UserError(f"scale.resolution={size} is no multiple of the VAE's stride: give a multiple of {task.stride}")
 

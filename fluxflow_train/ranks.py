@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fluxflow_train import preemption
-from fluxflow_train.errors import Stopped, UserError
+from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
 
-WAIT = timedelta(hours=2)  # for the slowest share, or for the first rank's statistics
+WAIT = timedelta(days=7)  # for what one rank does while the others wait; a rank that is gone is noticed at once
+SILENCE = timedelta(minutes=30)  # in the middle of common work, after which a rank is taken for stuck
 POLL = 0.05  # seconds between two looks at a barrier
 
 Item = TypeVar("Item")
@@ -32,6 +33,7 @@ class Ranks(NamedTuple):
     world: int
     local: int
     local_world: int = 1
+    waiting: Any = None  # the group that ranks wait in, which is patient
 
     @property
     def is_first(self) -> bool:
@@ -54,7 +56,7 @@ class Ranks(NamedTuple):
             return make()
         if not self.is_first:
             self.wait()
-            answer = json.loads(exchange(b""))
+            answer = json.loads(exchange(b"", self.waiting))
             if "failed" in answer:
                 raise SystemExit(answer["failed"])
             return answer["value"]
@@ -62,10 +64,11 @@ class Ranks(NamedTuple):
             value = make()
         except BaseException as error:
             self.wait()
-            exchange(json.dumps({"failed": 0 if isinstance(error, Stopped) else 1}).encode())
+            code = EXIT_STOPPED if isinstance(error, Stopped) else 1
+            exchange(json.dumps({"failed": code}).encode(), self.waiting)
             raise
         self.wait()
-        exchange(json.dumps({"value": value}).encode())
+        exchange(json.dumps({"value": value}).encode(), self.waiting)
         return value
 
     def wait(self) -> None:
@@ -78,7 +81,7 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return
         with others():
-            here = dist.barrier(async_op=True)
+            here = dist.barrier(self.waiting, async_op=True)
             assert here is not None
             while not here.is_completed():
                 preemption.check()
@@ -112,15 +115,15 @@ def lost_another(error: BaseException) -> bool:
     )
 
 
-def exchange(data: bytes) -> bytes:
+def exchange(data: bytes, group: Any) -> bytes:
     """The first rank's bytes."""
     with others():
         length = torch.tensor([len(data)])
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, group)
         buffer = torch.zeros(int(length), dtype=torch.uint8)
         if data:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, 0)
+        dist.broadcast(buffer, 0, group)
     return buffer.numpy().tobytes()
 
 
@@ -211,9 +214,10 @@ def process_group(chosen_backend: str = "gloo") -> Iterator[Ranks]:
         places |= {"LOCAL_WORLD_SIZE": ranks.local_world, "GROUP_RANK": ranks.rank // ranks.local_world}
         os.environ.update({name: str(value) for name, value in places.items()})
     with others():
-        dist.init_process_group(chosen_backend, timeout=WAIT, rank=ranks.rank, world_size=ranks.world)
+        dist.init_process_group(chosen_backend, timeout=SILENCE, rank=ranks.rank, world_size=ranks.world)
+        waiting = dist.new_group(backend="gloo", timeout=WAIT)
     try:
-        yield ranks
+        yield ranks._replace(waiting=waiting)
     finally:
         part()
 

@@ -50,6 +50,7 @@ class CSVRecords(Logger):
             with self.path.open("a", newline="") as file:
                 file.write(render(self.columns, [row], header=False))
 
+    @rank_zero_only
     def drop_after(self, images_seen: int) -> None:
         """Forget what a resumed run will record again."""
         self.rows = [row for row in self.rows if int(row[CLOCK]) <= images_seen]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fluxflow_train import provenance, rng
+from fluxflow_train import preemption, provenance, ranks, rng
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.composing import bind_vae, open_run, plain, refuse_impossible, refuse_unknown_split
 from fluxflow_train.data.datamodule import ImageData
-from fluxflow_train.errors import UserError
+from fluxflow_train.errors import Stopped, UserError
 from fluxflow_train.evaluating import evaluate_by_protocol, prepare_reference, provenance_of
 from fluxflow_train.hardware import device_of
 from fluxflow_train.records import CSVRecords
@@ -27,42 +29,70 @@ from fluxflow_train.weights import load_model, load_weights, save_model
 
 console = Console(stderr=True)
 
+LAUNCHED_RUN = "FLUXFLOW_LAUNCHED_RUN"  # tells the processes that Lightning starts which run they belong to
+
 SAMPLING = ("objective", "sampler", "cfg_dropout_prob")  # what a report on generated pictures must know
 
 
 def train(cfg: DictConfig) -> None:
-    """Train, export, evaluate; or go on where the run directory stopped."""
+    """Train, export, evaluate; or go on where the run directory stopped. On any number of ranks."""
     quieten()
-    directory, config = open_run(cfg)
+    with ranks.process_group(ranks.backend()) as here, ranks.others():
+        directory, config = opened(cfg, here)
+        task, images, trainer = fit(directory, config, here)
+        ranks.part()
+    if trainer.is_global_zero:
+        export(directory, config, task, images, trainer)
+        if config.evaluate.split is not None:
+            report(directory, config, images, config.evaluate.split, task.device)
+
+
+def fit(directory: RunDirectory, config: DictConfig, here: ranks.Ranks) -> tuple[Any, ImageData, L.Trainer]:
+    """Train to the end of the budget.
+
+    Raises:
+        Stopped: a signal came, or the time was over; all is saved.
+    """
     torch.manual_seed(rng.torch_seed(config.seed, "weights"))
     task: Any = instantiate(config.task)
     images: ImageData = instantiate(config.data.module)
     data = task.data_module(images)
     loggers = list(instantiate(config.logger).values())
     callbacks = list(instantiate(config.callbacks).values())
-    trainer = build_trainer(config, data, loggers, callbacks)
-    refuse_impossible(config, task)
-    console.print(headline(config, task, trainer, directory), highlight=False, soft_wrap=True)
+    trainer = build_trainer(config, data, loggers, callbacks, here)
+    refuse_impossible(config, task, trainer.world_size)
+    say = console.print if trainer.is_global_zero else lambda *_, **__: None
+    say(headline(config, task, trainer, directory), highlight=False, soft_wrap=True)
+    preemption.check()
+    if here.local == 0:
+        data.prepare_data()  # Lightning would have the other ranks wait where they can't hear a signal
+    here.wait()
 
-    checkpoint = directory.checkpoint()
+    checkpoint = here.first(lambda: str(path) if (path := directory.checkpoint()) else None)
     images_seen = -1
     if checkpoint is not None:
-        images_seen = torch.load(checkpoint, map_location="cpu", weights_only=True)["task"]["images_seen"]
-        console.print(f"resuming at {images_seen:,} images from {checkpoint}", highlight=False, soft_wrap=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["task"]
+        images_seen = state["images_seen"]
+        say(f"resuming at {images_seen:,} images from {checkpoint}", highlight=False, soft_wrap=True)
+        if was := divided_differently(state, trainer.world_size, task.num_micro_batches):
+            say(was, highlight=False, soft_wrap=True)
     for logger in loggers:
         if isinstance(logger, CSVRecords):
             logger.drop_after(images_seen)
+    os.environ[LAUNCHED_RUN] = str(directory.path)
+    threads = torch.get_num_threads()
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        raise UserError(
-            f"stopped at {task.images_seen:,} of {task.budget_images:,} images: "
-            f"go on from the last checkpoint with python -m fluxflow_train run={directory.path}"
-        ) from stop
-    if trainer.is_global_zero:
-        export(directory, config, task, images, trainer)
-        if config.evaluate.split is not None:
-            report(directory, config, images, config.evaluate.split, task.device)
+    except Stopped as stop:
+        if launched_by_lightning():  # whose first process ends them all, by SIGKILL, when one ends with an error
+            raise SystemExit(0) from stop
+        go_on = f"{stop}, saved: go on with python -m fluxflow_train run={directory.path}"
+        raise Stopped(go_on if trainer.is_global_zero else "") from stop
+    except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
+        say(f"stopped at once: go on from the last checkpoint with python -m fluxflow_train run={directory.path}")
+        raise KeyboardInterrupt from stop
+    torch.set_num_threads(threads)  # several ranks on a machine shared its cores
+    return task, images, trainer
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -104,13 +134,63 @@ def prepare(cfg: DictConfig) -> None:
 # ---- training ----
 
 
-def build_trainer(config: DictConfig, data: Any, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
+def opened(cfg: DictConfig, here: ranks.Ranks) -> tuple[RunDirectory, DictConfig]:
+    """The run, made or found by the first rank for all."""
+    if launched_by_lightning():
+        cfg.run = os.environ[LAUNCHED_RUN]
+        return open_run(cfg, lock=False)
+    mine: list[tuple[RunDirectory, DictConfig]] = []
+
+    def make() -> dict[str, Any]:
+        mine.append(open_run(cfg))
+        return {"path": str(mine[0][0].path), "config": OmegaConf.to_container(mine[0][1])}
+
+    answer = here.first(make)
+    return mine[0] if mine else (RunDirectory(Path(answer["path"])), OmegaConf.create(answer["config"]))
+
+
+def launched_by_lightning() -> bool:
+    """Whether another process of this command began the run and started this one beside it."""
+    return LAUNCHED_RUN in os.environ and "RANK" not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def build_trainer(
+    config: DictConfig, data: Any, loggers: list[Any], callbacks: list[L.Callback], here: ranks.Ranks
+) -> L.Trainer:
+    """Raises UserError where several processes were started for a trainer of one."""
     between = math.ceil(config.scale.validate_every / data.batch_size)
-    return instantiate(
+    started: dict[str, Any] = {"plugins": [LightningEnvironment()]}
+    if here.world > 1:
+        if "strategy" not in config.trainer:
+            raise UserError(f"{here.world} processes were started, and this trainer uses one: add trainer=ddp")
+        started = {
+            "plugins": [TorchElasticEnvironment()],
+            "devices": here.local_world,
+            "num_nodes": here.machines,
+        }
+    trainer = instantiate(
         config.trainer,
         logger=loggers,
         callbacks=callbacks,
         val_check_interval=min(between, data.num_batches),
+        **started,
+    )
+    # Signals are ours: Lightning's handler for SIGTERM starts a collective from inside the handler, and its notice of
+    # it makes the host wait for the device before every batch.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+def divided_differently(state: dict[str, Any], world_size: int, num_micro_batches: int) -> str:
+    """What a resumed run on other ranks, or in other parts, can't keep; "" where it keeps everything."""
+    before = len(state["meters"]), state["num_micro_batches"]
+    now = world_size, num_micro_batches
+    if now == before:
+        return ""
+    return (
+        f"the run had {before[0]} ranks x {before[1]} micro batches and now has {now[0]} x {now[1]}: samples, noise and "
+        "their order stay the same; sums are rounded in another order, so the weights will not agree to the last bit"
     )
 
 
@@ -120,9 +200,12 @@ def headline(config: DictConfig, task: Any, trainer: L.Trainer, directory: RunDi
         f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
         for name, part in task.exported.named_children()
     )
+    device = str(trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        device = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
     return (
         f"{config.name}: {sizes} parameters, {config.budget.images:,} images at {config.data.module.resolution} px, "
-        f"{trainer.strategy.root_device} {config.trainer.precision}, in {directory.path}"
+        f"{device} {config.trainer.precision}, in {directory.path}"
     )
 
 

@@ -1,29 +1,41 @@
 """The run directory: made once, resumed by naming it again. Its layout is a contract with people and other commands."""
 
+import errno
+import fcntl
 import os
-import pickle
 import secrets
 import shlex
+import socket
 import warnings
+import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fluxflow_train.callbacks.checkpoint import LAST, PREVIOUS
+from fluxflow_train.callbacks.checkpoint import BEST, LAST, PREVIOUS
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
 
 # What may differ between the run that began and the one that resumes: where and how, never what.
 READING = ("num_workers", "root", "cache_bytes", "source.root", "module.num_workers")
 READING += ("module.cache_dir", "module.cache_bytes", "module.source.root")
-FREE = ("run", "run_id", "trainer", "logger", "callbacks", "evaluate", *(f"data.{key}" for key in READING))
+FREE = (
+    "run",
+    "run_id",
+    "trainer",
+    "logger",
+    "callbacks",
+    "evaluate",
+    "budget.hours",
+    *(f"data.{key}" for key in READING),
+)
 FREE += ("latents_device", "task.latents.device", "task.latents.root", "latents.device", "latents.root")
+FREE += ("task.num_micro_batches",)  # rounds sums in another order, no more
 FREE += ("vae", "task.vae")  # a VAE may move; that its weights stay the same is checked
 HERE = "<run>"  # stands for the run directory while the configuration is resolved
-DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError)
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -31,6 +43,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: Any = None
 
     @property
     def config_path(self) -> Path:
@@ -54,8 +67,37 @@ class RunDirectory:
         config.run = str(self.path)
         return config
 
-    def create(self, config: DictConfig, overrides: list[str]) -> None:
+    def lock(self) -> None:
+        """Keep other jobs out for as long as this process lives.
+
+        Raises:
+            UserError: another job is training here.
+        """
+        if self._lock is not None:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / LOCK).open("a+")
+        try:
+            # A lock of the process, not of the open file: workers that outlive it for a moment don't hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                warnings.warn(f"{self.path} knows no locks ({error}): start no second job on it", stacklevel=2)
+                return
+            file.seek(0)
+            raise UserError(
+                f"{self.path} is being trained by {file.read().strip() or 'another job'}: wait for it, or stop it"
+            ) from error
+        file.truncate(0)
+        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
+        file.flush()
+        self._lock = file
+
+    def create(self, config: DictConfig, overrides: list[str]) -> None:
+        self.lock()
+        if self.exists():
+            raise UserError(f"another job has just begun a run in {self.path}: run the same command again to go on")
         write_atomically(self.path / "overrides.txt", "".join(f"{o}\n" for o in overrides).encode())
         movable = config.copy()
         movable.run = HERE
@@ -70,25 +112,36 @@ class RunDirectory:
         return shlex.join(["python", "-m", "fluxflow_train", *(o for o in overrides if not o.startswith("run="))])
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that can be read in whole; None before the first.
+        """The newest checkpoint that is whole; None before the first.
 
         Raises:
-            UserError: there are checkpoints, and none can be read.
+            UserError: there are checkpoints, and none is whole.
         """
         folder = self.path / "checkpoints"
-        present = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+        present = [path for path in (folder / LAST, folder / PREVIOUS, folder / BEST) if path.exists()]
         for path in present:
-            try:
-                torch.load(path, map_location="cpu", weights_only=True)
-            except DAMAGED as error:
-                warnings.warn(f"{path} is damaged ({type(error).__name__}): using the one before it", stacklevel=2)
-            else:
+            damage = damaged(path)
+            if not damage:
                 return path
+            warnings.warn(f"{path} is damaged ({damage}): using the one before it", stacklevel=2)
         if present:
             raise UserError(
                 f"no checkpoint in {folder} can be read: put a good copy there, or remove the folder to start again"
             )
         return None
+
+
+def damaged(path: Path) -> str:
+    """What is wrong with a file that torch.save wrote, by its checksums; "" where nothing is.
+
+    torch.load notices a file that was cut short, but not a flipped bit.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"checksum of {bad}" if bad else ""
 
 
 def new_run_id() -> str:

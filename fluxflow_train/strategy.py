@@ -9,8 +9,7 @@ class NetwiseDDP(DDPStrategy):
     """A DistributedDataParallel of its own for each net of the task, instead of one around the LightningModule.
 
     One around all would wait, in each backward, for the gradients of the nets whose turn it is not:
-    `find_unused_parameters` then walks the graph at every step and moves those nets' bytes as well. conf/trainer/ddp.yaml
-    has the figures.
+    `find_unused_parameters` then walks the graph at every step and moves those nets' bytes as well.
     """
 
     def configure_ddp(self) -> None:

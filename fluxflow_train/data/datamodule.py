@@ -73,15 +73,19 @@ class ImageData(LightningDataModule):
         self._cache_dir = Path(cache_dir).expanduser()
         self.cache_bytes = cache_bytes
         self._selections: dict[Split, Selection] = {}
+        self._prepared = False
 
     def prepare_data(self) -> None:
         """Write the source's shards and the indices, where missing. Lightning runs it on one process of each node."""
+        if self._prepared:
+            return
         self.source.prepare()
         shards = dict.fromkeys(path for split in SPLITS for path in self.source.shards(split))
         for path in progress(shards, "Indexing shards", len(shards)):
             open_table(path, self._cache_dir)
         for split in SPLITS:
             _report(split, self.selection(split))
+        self._prepared = True
 
     def selection(self, split: Split) -> Selection:
         """The usable samples of `split`; opened once."""

@@ -3,7 +3,9 @@
 Neither is a `DataLoader`, so Lightning leaves their order alone; each holds one.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
 import sys
 from collections import Counter
@@ -17,6 +19,7 @@ from fluxflow_train.data.reader import BatchReader, Fetched, Request
 from fluxflow_train.data.sampler import GlobalOrder
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.errors import UserError
+from fluxflow_train.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         requests = _requests(self._order, range(self._done, self._num_batches), self._rank, self._world)
         self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers, persistent=False))
-        for fetched in self._iterator:
+        for fetched in _fetched(self._iterator):
             batch = checked(fetched)
             self._count(fetched.damaged)
             self._done += 1
@@ -136,7 +139,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises UserError at a damaged image, unless `tolerant`: without it the figures are figures of other data."""
-        for fetched in self._loader:
+        for fetched in _fetched(iter(self._loader)):
             batch = checked(fetched)
             self.damaged.update(fetched.damaged)
             for sample, cause in () if self._tolerant else fetched.damaged.items():
@@ -179,8 +182,33 @@ def _as_is(fetched: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and SLURM's signals every process of a job; the main process decides.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing would end them with a SIGTERM, which they ignore, and wait; this runs before it.
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _fetched(iterator: Iterator[Fetched]) -> Iterator[Fetched]:
+    """As it is. Raises UserError where a worker died, most often for want of memory."""
+    while True:
+        try:
+            fetched = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker died ({str(error).splitlines()[0]}): if the machine ran out of memory, lower "
+                "data.num_workers or data.cache_bytes; run=DIR goes on from the last checkpoint"
+            ) from error
+        yield fetched
 
 
 def checked(fetched: Fetched) -> dict[str, Any]:

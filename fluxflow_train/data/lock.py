@@ -2,9 +2,14 @@
 
 import fcntl
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fluxflow_train import preemption
+
+POLL = 0.2  # seconds: a blocking call would not let Python look at signals
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +20,21 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises:
         OSError: the folder can't be written, or its file system knows no locks.
+        Stopped: a signal came while waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not taken(file):
             log.warning("waiting for the process that is preparing %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not taken(file):
+                preemption.check()
+                time.sleep(POLL)
         yield
+
+
+def taken(file: object) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+    except BlockingIOError:
+        return False
+    return True
