@@ -5,9 +5,9 @@ from fluxflow_train import preemption
 if __name__ == "__main__":
     preemption.listen()  # first of all: a signal may come while the imports below take their seconds
 
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig
 
-from fluxflow_train.cli import command  # noqa: E402
+from fluxflow_train.cli import command
 
 
 @command("train")

@@ -21,9 +21,10 @@ def measure_latents(vae: Any, images: ImageData, device: torch.device) -> None:
     total = square = torch.zeros(vae.latent_channels, dtype=torch.float64, device=device)
     count = 0
     vae.eval()
+    dtype = next(vae.parameters()).dtype
     batches = itertools.islice(images.eval_dataloader("train"), math.ceil(STATISTICS_IMAGES / images.batch_size))
     for batch in batches:
-        mu, logvar = (t.double() for t in vae.encoder(dequantize(batch["image"].to(device))))
+        mu, logvar = (t.double() for t in vae.encoder(dequantize(batch["image"].to(device)).to(dtype)))
         total = total + mu.sum(dim=(0, 2, 3))
         square = square + (mu.square() + logvar.exp()).sum(dim=(0, 2, 3))
         count += mu[:, 0].numel()

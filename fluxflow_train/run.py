@@ -189,8 +189,8 @@ def divided_differently(state: dict[str, Any], world_size: int, num_micro_batche
     if now == before:
         return ""
     return (
-        f"the run had {before[0]} ranks x {before[1]} micro batches and now has {now[0]} x {now[1]}: samples, noise and "
-        "their order stay the same; sums are rounded in another order, so the weights will not agree to the last bit"
+        f"the run had {before[0]} ranks x {before[1]} micro batches and now has {now[0]} x {now[1]}: samples, noise "
+        "and their order stay the same; sums are rounded in another order, so the last bits of the weights will not"
     )
 
 

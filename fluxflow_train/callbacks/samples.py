@@ -47,7 +47,7 @@ class ReconstructionGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
-        x = dequantize(self.images.to(pl_module.device))
+        x = dequantize(self.images.to(pl_module.device)).to(pl_module.dtype)
         vae: Any = pl_module.vae
         with average.averaged(pl_module), torch.autocast(x.device.type, enabled=False):
             x_hat = vae(x, x.new_zeros(len(x), *vae.latent_shape(*x.shape[-2:]))).x_hat

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fluxflow_train.errors import UserError
 from fluxflow_train.models.activations import arm
+from fluxflow_train.models.bezier_curve import widen
 from fluxflow_train.models.layers import unit_variance_
 
 MAX_TOKENS = 512
@@ -113,7 +114,7 @@ class TextEncoder(nn.Module):
         """hidden (B, S, W), mask (B, S), as of `backbone` or of a cache."""
         valid = mask[..., None]
         tokens = self.projection(hidden).masked_fill(~valid, 0)
-        return TextFeatures(tokens, mask, self.pooled_norm(tokens.float().sum(1) / valid.sum(1)))
+        return TextFeatures(tokens, mask, self.pooled_norm(widen(tokens).sum(1) / valid.sum(1)))
 
     def null(self, batch_size: int, num_tokens: int) -> TextFeatures:
         """The learned condition of no caption: one valid token, padded to `num_tokens`."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fluxflow_train.models.activations import arm
 from fluxflow_train.models.bezier import TrainableBezier
+from fluxflow_train.models.bezier_curve import widen
 from fluxflow_train.models.layers import (
     SPADE,
     Activated,
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) in [-1, 1] to fp32 mu, logvar (B, D, h, w)."""
         y = self.stages(add_coordinates(x))
-        mu, logvar = self.mu_curve(self.mu(y).float()), self.logvar_curve(self.logvar(y).float())
+        mu, logvar = self.mu_curve(widen(self.mu(y))), self.logvar_curve(widen(self.logvar(y)))
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
 
@@ -212,7 +213,7 @@ class Decoder(nn.Module):
         y = self.stem(z)
         for block in self.blocks:
             y = block(y, context)
-        return self.rgb(self.rgb_conv(self.head(y)).float())
+        return self.rgb(widen(self.rgb_conv(self.head(y))))
 
 
 class VAE(nn.Module):

@@ -157,7 +157,7 @@ class FlowTask(BudgetTask):
 
     def noised(self, batch: dict) -> Noised:
         """Latent, noise and time of each sample by its own streams: the same on any number of ranks and workers."""
-        mean, logvar = self.posterior(batch)
+        mean, logvar = (t.to(self.dtype) for t in self.posterior(batch))
         z = reparameterise(mean, logvar, self.normal(batch, "posterior", mean))
         return Noised(z, self.normal(batch, "eps", z), self.objective.times(self.draws(batch, "time", 2)))
 
@@ -184,18 +184,19 @@ class FlowTask(BudgetTask):
     def losses(self, batch: dict, noised: Noised, dropped: Tensor) -> Tensor:
         """Mean squared error of each sample, (B,), in fp32."""
         z_t = self.objective.interpolate(noised.z, noised.eps, noised.t)
-        prediction = self.net("model")(z_t, noised.t, *self.hidden(batch), dropped)
+        hidden, mask = self.hidden(batch)
+        prediction = self.net("model")(z_t, noised.t, hidden.to(self.dtype), mask, dropped)
         error = at_least_fp32(prediction) - self.objective.target(noised.z, noised.eps, noised.t)
         return error.square().flatten(1).mean(1)
 
     def normal(self, batch: dict, purpose: str, like: Tensor) -> Tensor:
         """Standard normal noise of each sample's own stream, in the shape of `like`."""
-        return rng.normal(self.seed, purpose, samples(batch), tuple(like.shape[1:])).to(like.device)
+        return rng.normal(self.seed, purpose, samples(batch), tuple(like.shape[1:])).to(like)
 
     def draws(self, batch: dict, purpose: str, count: int) -> Tensor:
         """`count` uniform draws in [0, 1) of each sample's own stream: (B, count)."""
         values = [rng.generator(self.seed, purpose, *index).random(count) for index in samples(batch)]
-        return torch.from_numpy(np.stack(values)).float().clamp(max=1 - 2**-24).to(self.device)
+        return torch.from_numpy(np.stack(values)).float().clamp(max=1 - 2**-24).to(self.device, self.dtype)
 
     # ---- validation (on averaged weights: the EMA callback swaps them in) ----
 

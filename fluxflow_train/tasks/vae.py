@@ -200,7 +200,7 @@ class VAETask(BudgetTask):
 
     def passed(self, part: dict) -> Passed:
         """Forward through the VAE and, where it trains, the discriminator."""
-        x = dequantize(part["image"])
+        x = dequantize(part["image"]).to(self.dtype)
         out = self.net("vae")(x, self.noise(part, x, "eps"))
         rec = self.reconstruction(out.x_hat, x)
         logs = {"loss_rec": rec.detach()}
@@ -222,7 +222,6 @@ class VAETask(BudgetTask):
         pull = (out.x_hat * at_image).sum()  # has the gradient of loss_gan, without a second pass through D
         return passed._replace(logits_fake=logits_fake, pull=pull)
 
-    @torch.no_grad()
     def whole_batch(self, parts: Iterable[Passed]) -> WholeBatch:
         """What isn't linear in the batch, from all its parts on all ranks; where all is linear, none is looked at."""
         charged = torch.ones(self.vae.latent_channels, dtype=torch.bool, device=self.device)
@@ -230,7 +229,7 @@ class VAETask(BudgetTask):
             return WholeBatch(charged, None)
         channel_kl, gradients = [], []
         for part in parts:
-            channel_kl.append(part.channel_kl)
+            channel_kl.append(part.channel_kl.detach())
             if part.pull is not None:
                 gradients.append(torch.stack(losses.gradients_at(self.vae.last_layer, part.rec, part.pull)))
         if self.free_bits:
@@ -279,7 +278,7 @@ class VAETask(BudgetTask):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         image = batch["image"]
-        x = dequantize(image)
+        x = dequantize(image).to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
             out = self.vae(x, x.new_zeros(len(x), *self.vae.latent_shape(*x.shape[-2:])))
         values = [
