@@ -96,7 +96,7 @@ def test_moved_run_falls_back_from_a_truncated_checkpoint(finished: Path, tmp_pa
         assert command("fluxflow_train", f"run={run}").code == 0
     assert all(torch.equal(weights(run)[name], weights(finished)[name]) for name in weights(finished))
 
-    for name in ("last.ckpt", "previous.ckpt"):
+    for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
         (run / "checkpoints" / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
         code, output = command("fluxflow_train", f"run={run}")

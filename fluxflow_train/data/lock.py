@@ -15,21 +15,24 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[Path]:
     """Make `folder` and wait until no other process is in it; the system lets go of it for a process that was killed.
+
+    Yields the lock's own file in the folder.
 
     Raises:
         OSError: the folder can't be written, or its file system knows no locks.
         Stopped: a signal came while waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    with path.open("w") as file:
         if not taken(file):
             log.warning("waiting for the process that is preparing %s", folder)
             while not taken(file):
                 preemption.check()
                 time.sleep(POLL)
-        yield
+        yield path
 
 
 def taken(file: object) -> bool:

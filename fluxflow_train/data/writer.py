@@ -5,12 +5,12 @@ import io
 import json
 import shutil
 import tarfile
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxflow_train.data.lock import alone
 from fluxflow_train.data.sources import SPLITS, Split
 from fluxflow_train.errors import UserError
 
@@ -53,24 +53,31 @@ def write_splits(folder: Path, splits: dict[Split, list[Sample]]) -> list[dict[s
 def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """Make `folder` by calling `write(temporary folder) -> manifest` and renaming, unless it is there already.
 
-    Two processes may do this at once: the second to finish finds the folder made and discards its own.
+    Of several processes one works and the others wait for it; what a killed one left is cleared away by the next.
 
     Raises:
         UserError: the parent folder can't be written to.
     """
     if (folder / MANIFEST).exists():
         return
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        manifest = write(temporary)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.rename(folder)
+        with alone(temporary) as lock:
+            try:
+                if (folder / MANIFEST).exists():
+                    return
+                for leftover in temporary.iterdir():
+                    if leftover != lock:
+                        leftover.unlink()
+                manifest = write(temporary)
+                text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+                (temporary / MANIFEST).write_text(text, encoding="utf-8")
+                lock.unlink()
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if not (folder / MANIFEST).exists():
-            raise UserError(f"can't write shards to {folder.parent}: {error}; choose another data root") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"can't write shards to {folder.parent}: {error}; choose another data root") from error
 
 
 def published_shards(folder: Path, split: Split) -> list[str]:

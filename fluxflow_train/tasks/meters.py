@@ -41,7 +41,7 @@ class Meters:
         return {"sums": {name: total.cpu() for name, total in self._sums.items()}, "counts": dict(self._counts)}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """From the states of all ranks that there were; where there are fewer or more of them now, each gets the mean."""
+        """From the states of all ranks that there were; where their number is another now, each gets the mean."""
         sums = [state["sums"] for state in states]
         if len(sums) == ranks.world_size():
             self._sums = dict(sums[rank])
