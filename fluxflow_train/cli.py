@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,6 +46,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                 try:
                     body(cfg)
                 except USERS as error:  # kept from Hydra, which would print lines of its own
+                    if HydraConfig.get().mode == RunMode.MULTIRUN:  # a launcher must see that its job failed
+                        raise
                     failed.append(error)
                 except Stopped as error:
                     stopped.append(error)

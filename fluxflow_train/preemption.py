@@ -12,7 +12,8 @@ from types import FrameType
 from fluxflow_train.errors import Stopped
 
 STARTED = time.monotonic()
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)  # SIGINT is Ctrl-C
+CLUSTER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*CLUSTER, signal.SIGINT)  # and Ctrl-C
 
 _noted: list[str] = []
 

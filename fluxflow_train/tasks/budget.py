@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -168,8 +169,19 @@ class BudgetTask(L.LightningModule):
 
     # ---- checkpoints ----
 
+    def refuse_divergence(self) -> None:
+        """Raises RuntimeError where ranks hold different weights: damaged hardware, or a gradient that stayed local."""
+        weights = [p.detach() for net in self.trained_nets().values() for p in net.parameters() if p.requires_grad]
+        if any(isinstance(weight, DTensor) for weight in weights):  # FSDP: each rank has its own part
+            return
+        bits = torch.stack([weight.flatten().view(torch.int16).sum() for weight in weights])
+        digests = ranks.gather(hash(tuple(bits.tolist())))
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"the ranks hold different weights at {self.images_seen:,} images: {digests}")
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.read_guard()
+        self.refuse_divergence()
         if self.trainer.training:
             self.count_time()
         checkpoint["task"] = {
