@@ -166,12 +166,3 @@ def test_place_that_is_no_folder_is_answered(tmp_path: Path, options: tuple[str,
     code, output = command("fluxflow_train", *options, f"run={tmp_path / 'file' / 'run'}")
     assert code == 1
     assert output.splitlines()[-1].startswith("error: cannot write")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_run_resumes_bit_for_bit(workers: int) -> None:
-    script = REPOSITORY / "scripts" / "check_resume.py"
-    command = [sys.executable, script, "--kills", "1", "--workers", str(workers), "--images", "800"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 tensors differ" in result.stdout

@@ -210,8 +210,8 @@ class FlowTask(BudgetTask):
         self.val_times = torch.from_numpy((order + 0.5) / count).float()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        mean, _ = self.posterior(batch)
-        t = self.val_times.to(mean.device)[batch["index"]]
+        mean = self.posterior(batch)[0].to(self.dtype)
+        t = self.val_times.to(mean)[batch["index"]]
         noised = Noised(mean, self.normal(batch, "val-eps", mean), t)
         with torch.autocast(self.device.type, enabled=False):
             loss = self.losses(batch, noised, torch.zeros_like(t, dtype=torch.bool))

@@ -1,8 +1,12 @@
 """SIGKILL a training run at random moments, resume it with the same command, and compare with an undisturbed run.
 
-    python scripts/check_resume.py --kills 5 --workers 2 [Hydra overrides ...]
+    python scripts/kill_test.py --task vae --kills 20 --workers 2 [Hydra overrides ...]
+    python scripts/kill_test.py --task flow --kills 20
 
-Exit code 1 unless the final weights, the averaged weights and the optimizers are equal bit for bit.
+The VAE trains against its discriminator; the flow on cached latents of a small VAE that is trained first. Every other
+kill comes at any moment since the command began, imports included, the others within two seconds of a record, where
+steps, checkpoints, pictures and validations are. Exit code 1 unless weights, averaged weights, optimizers and records
+are equal bit for bit.
 """
 
 import argparse
@@ -19,8 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-DEFAULTS = (
-    "+experiment=vae_bezier",
+SHARED = (
     "data=shapes",
     "data.num_train=200",
     "data.num_tune=16",
@@ -33,9 +36,21 @@ DEFAULTS = (
     "scale.vae.encoder_widths=[8,8,8]",
     "scale.vae.decoder_widths=[8,8,8]",
     "scale.discriminator.width=8",
-    "gan=patch",
     "evaluate.split=null",
 )
+TASKS = {
+    "vae": ("+experiment=vae_bezier", "gan=patch"),
+    "flow": (
+        "+experiment=flow_bezier",
+        "model/text=scratch",
+        "scale.flow.width=32",
+        "scale.flow.depth=2",
+        "scale.flow.num_heads=2",
+        "scale.flow.text_width=24",
+        "callbacks.samples.num_prompts=2",
+        "task.sampler.steps=2",
+    ),
+}
 
 
 def start(run: Path, overrides: list[str]) -> subprocess.Popen:
@@ -49,14 +64,15 @@ def finish(process: subprocess.Popen) -> None:
         raise SystemExit(f"training failed with {process.returncode}:\n{errors}")
 
 
-def kill_at(run: Path, overrides: list[str], moment: float) -> bool:
-    """SIGKILL the run `moment` seconds after this session's first record; False if it ended before."""
+def kill(run: Path, overrides: list[str], seconds: float, after_a_record: bool) -> bool:
+    """SIGKILL the run that long after it began, or after its first record of this session; False if it ended before."""
     metrics = run / "metrics.csv"
     before = metrics.stat().st_mtime_ns if metrics.exists() else None
     process = start(run, overrides)
-    while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+    # Opening the file again for the resumed run is a change, too: then the kill comes a little earlier.
+    while after_a_record and process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
         time.sleep(0.005)
-    deadline = time.monotonic() + moment
+    deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     killed = process.poll() is None
@@ -97,6 +113,7 @@ def records(run: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="vae")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -104,22 +121,29 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides")
     arguments = parser.parse_args()
     moments = random.Random(arguments.seed)
-    overrides = [*DEFAULTS, f"budget.images={arguments.images}", f"data.num_workers={arguments.workers}"]
+    overrides = [*SHARED, f"budget.images={arguments.images}", f"data.num_workers={arguments.workers}"]
     overrides += arguments.overrides
     with tempfile.TemporaryDirectory() as folder:
         overrides.append(f"data.root={folder}/data")
+        if arguments.task == "flow":
+            finish(start(Path(folder, "vae"), ["+experiment=vae_bezier", *SHARED, *overrides[-1:], "budget.images=64"]))
+            overrides.append(f"vae={folder}/vae")
+        overrides = [*TASKS[arguments.task], *overrides]
         undisturbed, killed = Path(folder, "undisturbed"), Path(folder, "killed")
+        began = time.monotonic()
         finish(start(undisturbed, overrides))
+        whole = time.monotonic() - began
         kills = 0
-        for _ in range(arguments.kills):
-            moment = moments.uniform(0, 1.5)
-            if not kill_at(killed, overrides, moment):
+        for number in range(arguments.kills):
+            after_a_record = number % 2 == 1
+            seconds = moments.uniform(0, 2 if after_a_record else whole / 2)
+            if not kill(killed, overrides, seconds, after_a_record):
                 break
             kills += 1
-            print(f"killed {moment:.2f} s after a record", flush=True)
+            print(f"killed {seconds:.2f} s after {'a record' if after_a_record else 'it began'}", flush=True)
         finish(start(killed, overrides))
         differing = differences(undisturbed, killed)
-    print(f"{kills} kills, {arguments.workers} workers: {len(differing)} tensors differ")
+    print(f"{arguments.task}: {kills} kills, {arguments.workers} workers: {len(differing)} differences")
     if differing or kills < arguments.kills:
         print("\n".join(differing[:20]) or "the run ended before the last kill: give more --images")
         sys.exit(1)
