@@ -1,5 +1,6 @@
 """Small runs that can be hurt, and the table of what became of them."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -67,10 +68,8 @@ class Runs(NamedTuple):
 
 
 def end(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
