@@ -18,6 +18,7 @@ from fluxflow_train import preemption, provenance, ranks, rng
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.composing import bind_vae, open_run, plain, refuse_impossible, refuse_unknown_split
 from fluxflow_train.data.datamodule import ImageData
+from fluxflow_train.data.loader import worker_deaths
 from fluxflow_train.errors import Stopped, UserError
 from fluxflow_train.evaluating import evaluate_by_protocol, prepare_reference, provenance_of
 from fluxflow_train.hardware import device_of
@@ -37,7 +38,7 @@ SAMPLING = ("objective", "sampler", "cfg_dropout_prob")  # what a report on gene
 def train(cfg: DictConfig) -> None:
     """Train, export, evaluate; or go on where the run directory stopped. On any number of ranks."""
     quieten()
-    with ranks.process_group(ranks.backend()) as here, ranks.others():
+    with ranks.process_group(ranks.backend()) as here, ranks.others(), worker_deaths():
         directory, config = opened(cfg, here)
         task, images, trainer = fit(directory, config, here)
         ranks.part()

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         requests = _requests(self._order, range(self._done, self._num_batches), self._rank, self._world)
         self._iterator = iter(_torch_loader(self._reader, requests, self._num_workers, persistent=False))
-        for fetched in _fetched(self._iterator):
+        for fetched in self._iterator:
             batch = checked(fetched)
             self._count(fetched.damaged)
             self._done += 1
@@ -139,7 +140,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises UserError at a damaged image, unless `tolerant`: without it the figures are figures of other data."""
-        for fetched in _fetched(iter(self._loader)):
+        for fetched in self._loader:
             batch = checked(fetched)
             self.damaged.update(fetched.damaged)
             for sample, cause in () if self._tolerant else fetched.damaged.items():
@@ -194,21 +195,18 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def _fetched(iterator: Iterator[Fetched]) -> Iterator[Fetched]:
-    """As it is. Raises UserError where a worker died, most often for want of memory."""
-    while True:
-        try:
-            fetched = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a data worker died ({str(error).splitlines()[0]}): if the machine ran out of memory, lower "
-                "data.num_workers or data.cache_bytes; run=DIR goes on from the last checkpoint"
-            ) from error
-        yield fetched
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Raises UserError where a data worker died: torch raises in the middle of whatever the main process was doing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data worker died ({str(error).splitlines()[0].rstrip('. ')}): if the machine ran out of memory, lower "
+            "data.num_workers or data.cache_bytes; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def checked(fetched: Fetched) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ class Runs(NamedTuple):
 
     options: tuple[str, ...]
     folder: Path
+    command: Callable[..., Any]
 
     def start(self, module: str, *arguments: str) -> subprocess.Popen:
         log = (self.folder / "output.txt").open("a")
@@ -59,12 +60,18 @@ class Runs(NamedTuple):
         return Ended(code, self.output())
 
     def output(self) -> str:
-        return (self.folder / "output.txt").read_text()
+        log = self.folder / "output.txt"
+        return log.read_text() if log.exists() else ""
 
-    def complete(self, run: Path, *more: str) -> Ended:
-        ended = self.finish(self.train(run, *more))
-        assert ended.code == 0, ended.output
-        return ended
+    def complete(self, run: Path, *more: str) -> str:
+        """Train to the end; what was written to the terminal, by this and by what came before."""
+        if any(option.startswith("trainer=") for option in more):
+            ended = self.finish(self.train(run, *more))
+            assert ended.code == 0, ended.output
+            return ended.output
+        done = self.command("fluxflow_train", *self.options, *more, f"run={run}")  # in this process: no imports
+        assert done.code == 0, done.output
+        return self.output() + done.output
 
 
 def end(process: subprocess.Popen) -> None:
@@ -103,16 +110,27 @@ def options(small: tuple[str, ...], data_root: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def runs(options: tuple[str, ...], tmp_path: Path) -> Runs:
-    return Runs(options, tmp_path)
+def runs(options: tuple[str, ...], tmp_path: Path, command: Callable[..., Any]) -> Runs:
+    return Runs(options, tmp_path, command)
 
 
 @pytest.fixture(scope="session")
-def reference(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., int]) -> Path:
     """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("reference")
-    Runs(options, folder).complete(folder / "run")
-    return folder / "run"
+    run = tmp_path_factory.mktemp("reference") / "run"
+    assert launch("fluxflow_train", *options, f"run={run}") == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def halfway(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., int]) -> Path:
+    """The same, killed in the middle, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("halfway")
+    run = folder / "run"
+    process = Runs(options, folder, launch).train(run)
+    until(lambda: (run / "checkpoints" / "previous.ckpt").exists() and records(run) > 12, process)
+    end(process)
+    return run
 
 
 @pytest.fixture
