@@ -183,7 +183,7 @@ def placed(environment: dict[str, str]) -> Ranks:
 
 def meeting_point(environment: dict[str, str]) -> tuple[str, int]:
     """Host and port of the first rank of srun's step, the same on every rank, another for each job and step."""
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     host = SLURMEnvironment.resolve_root_node_address(environment["SLURM_STEP_NODELIST"])
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))

@@ -10,7 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -147,7 +148,11 @@ def opened(cfg: DictConfig, here: ranks.Ranks) -> tuple[RunDirectory, DictConfig
         return {"path": str(mine[0][0].path), "config": OmegaConf.to_container(mine[0][1])}
 
     answer = here.first(make)
-    return mine[0] if mine else (RunDirectory(Path(answer["path"])), OmegaConf.create(answer["config"]))
+    if mine:
+        return mine[0]
+    config = OmegaConf.create(answer["config"])
+    assert isinstance(config, DictConfig)
+    return RunDirectory(Path(answer["path"])), config
 
 
 def launched_by_lightning() -> bool:

@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from fluxflow_train.evaluation.generation import Drawings
 from fluxflow_train.evaluation.place import Options, Place
 from fluxflow_train.evaluation.protocol import load
-from fluxflow_train.evaluation.ranks import Ranks
 from fluxflow_train.generation import Request
+from fluxflow_train.ranks import Ranks
 from fluxflow_train.reports.build import write_report
 from fluxflow_train.weights import load_model
 

@@ -4,7 +4,7 @@
     python scripts/kill_test.py --task flow --kills 20
 
 The VAE trains against its discriminator; the flow on cached latents of a small VAE that is trained first. Every other
-kill comes at any moment since the command began, imports included, the others within two seconds of a record, where
+kill comes in the first 15 seconds of the command, imports included, the others within two seconds of a record, where
 steps, checkpoints, pictures and validations are. Exit code 1 unless weights, averaged weights, optimizers and records
 are equal bit for bit.
 """
@@ -136,7 +136,7 @@ def main() -> None:
         kills = 0
         for number in range(arguments.kills):
             after_a_record = number % 2 == 1
-            seconds = moments.uniform(0, 2 if after_a_record else whole / 2)
+            seconds = moments.uniform(0, 2 if after_a_record else min(whole / 2, 15))
             if not kill(killed, overrides, seconds, after_a_record):
                 break
             kills += 1

@@ -196,7 +196,7 @@ class FlowTask(BudgetTask):
     def draws(self, batch: dict, purpose: str, count: int) -> Tensor:
         """`count` uniform draws in [0, 1) of each sample's own stream: (B, count)."""
         values = [rng.generator(self.seed, purpose, *index).random(count) for index in samples(batch)]
-        return torch.from_numpy(np.stack(values)).float().clamp(max=1 - 2**-24).to(self.device, self.dtype)
+        return torch.from_numpy(np.stack(values)).float().clamp(max=1 - 2**-24).to(self.device).to(self.dtype)
 
     # ---- validation (on averaged weights: the EMA callback swaps them in) ----
 

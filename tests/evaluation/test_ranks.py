@@ -26,7 +26,7 @@ from fluxflow_train.evaluation.protocol import parse
 from fluxflow_train.evaluation.run import evaluate_run
 from fluxflow_train.metrics.extractor import state_sha256
 from fluxflow_train.metrics.module_extractor import ModuleExtractor
-from fluxflow_train.ranks import Ranks, placed, process_group
+from fluxflow_train.ranks import Ranks, meeting_point, placed, process_group
 
 WORLDS = (1, 2, 4)
 COUNTS = (48, 47, 3)  # of 48 images: shares that are even, that are not, and a rank without any
@@ -34,15 +34,25 @@ COUNTS = (48, 47, 3)  # of 48 images: shares that are even, that are not, and a 
 
 def test_a_lone_process_is_alone() -> None:
     assert placed({}) == Ranks(0, 1, 0)
-    assert placed({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == Ranks(0, 1, 0)  # nobody said where to meet
+    assert placed({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == Ranks(0, 1, 0)  # the job's, not this process's
     with process_group() as ranks:
         assert ranks.first(lambda: {"a": [1]}) == {"a": [1]} and not torch.distributed.is_initialized()
 
 
 def test_torchrun_and_srun_say_which_rank() -> None:
-    meet = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-    assert placed({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **meet}) == Ranks(3, 8, 1)
-    assert placed({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2", **meet}) == Ranks(5, 6, 2)
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
+    assert placed(torchrun) == Ranks(3, 8, 1, 2) and placed(torchrun).machines == 4
+    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_NODES": "2"}
+    assert placed(srun) == Ranks(5, 6, 2, 3)
+    with pytest.raises(UserError, match="5 tasks on 2 nodes"):
+        placed({**srun, "SLURM_STEP_NUM_TASKS": "5"})
+
+
+def test_steps_of_a_job_meet_in_places_of_their_own() -> None:
+    step = {"SLURM_STEP_NODELIST": "gpu[007-011]", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
+    host, port = meeting_point(step)
+    assert host == "gpu007" and 15_000 <= port < 30_000
+    assert meeting_point({**step, "SLURM_STEP_ID": "3"}) != (host, port)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 9])

@@ -1,0 +1,65 @@
+"""Arrays of arms and seeds, the evaluation's script, and Hydra's own launcher, on the cluster."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from tests.evaluation.conftest import CONTENT
+from tests.slurm.cluster import wait_for
+from tests.slurm.conftest import REPOSITORY, Jobs
+
+pytestmark = pytest.mark.slurm
+SHORT = ("budget.images=32", "gan=none")
+
+
+def test_array_of_arms_and_seeds(jobs: Jobs, tmp_path: Path) -> None:
+    options = (*jobs.options, *SHORT, f"run={tmp_path}/${{activation.encoder}}-${{seed}}")
+    sbatch = (
+        "--array=0-3",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=1",
+        f"--output={jobs.cluster.folder}/job-%A_%a.out",
+    )
+    script = REPOSITORY / "slurm" / "sweep.sbatch"
+    variables = jobs.variables()
+    job = jobs.cluster.submit(script, "bezier relu", "0 1", *options, options=sbatch, **variables)
+    names = {f"{arm}-{seed}" for arm in ("bezier", "relu") for seed in (0, 1)}
+    wait_for(
+        lambda: {path.parent.name for path in tmp_path.glob("*/model.json")} == names, 180, f"{job}", jobs.cluster.log
+    )
+    for name in names:
+        config = OmegaConf.load(tmp_path / name / "config.yaml")
+        assert f"{config.activation.encoder}-{config.seed}" == name  # type: ignore[union-attr]
+
+
+def test_evaluation_by_two_tasks(jobs: Jobs, vae_run: Path, tmp_path: Path) -> None:
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(yaml.safe_dump(CONTENT))
+    arguments = (f"run={vae_run}", f"protocol={protocol}", "device=cpu", f"data.root={tmp_path}")
+    sbatch = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={jobs.cluster.folder}/job-%j.out")
+    script = REPOSITORY / "slurm" / "evaluate.sbatch"
+    job = jobs.cluster.submit(script, *arguments, options=sbatch, **jobs.variables())
+    jobs.completed(job)
+    (report,) = vae_run.glob("evaluations/*/report.json")
+    assert json.loads(report.read_text())["environment"]["world_size"] == 2
+
+
+def test_hydras_launcher(jobs: Jobs, tmp_path: Path) -> None:
+    launcher = [f"hydra.launcher.{option}" for option in ("timeout_min=5", "cpus_per_task=1", "mem_gb=2")]
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1", "run='${oc.env:SWEEP}/run-${seed}'"]
+    command = [sys.executable, "-m", "fluxflow_train", "-m", "hydra/launcher=submitit_slurm", *launcher, *sweep]
+    done = subprocess.run(
+        [*command, *jobs.options, *SHORT],
+        env=jobs.cluster.environment | jobs.variables(SWEEP=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.parent.name for path in tmp_path.glob("run-*/model.json")} == {"run-0", "run-1"}
