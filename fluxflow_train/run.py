@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fluxflow_train import preemption, provenance, ranks, rng
+from fluxflow_train.callbacks.checkpoint import LAST
 from fluxflow_train.callbacks.ema import EMA
 from fluxflow_train.composing import bind_vae, open_run, plain, refuse_impossible, refuse_unknown_split
 from fluxflow_train.data.datamodule import ImageData
@@ -27,6 +28,7 @@ from fluxflow_train.records import CSVRecords
 from fluxflow_train.reports.build import write_report
 from fluxflow_train.reports.wandb_log import log_report
 from fluxflow_train.run_directory import RunDirectory
+from fluxflow_train.strategy import NetwiseFSDP
 from fluxflow_train.weights import load_model, load_weights, save_model
 
 console = Console(stderr=True)
@@ -42,7 +44,7 @@ def train(cfg: DictConfig) -> None:
     with ranks.process_group(ranks.backend()) as here, ranks.others(), worker_deaths():
         directory, config = opened(cfg, here)
         task, images, trainer = fit(directory, config, here)
-        ranks.part()
+        ranks.part()  # what follows the first rank does alone
     if trainer.is_global_zero:
         export(directory, config, task, images, trainer)
         if config.evaluate.split is not None:
@@ -230,6 +232,8 @@ def quieten() -> None:
 def export(directory: RunDirectory, config: DictConfig, task: Any, images: ImageData, trainer: L.Trainer) -> None:
     """Write `model.safetensors`, of the averaged weights, and `model.json`."""
     average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
+    if isinstance(trainer.strategy, NetwiseFSDP):
+        task = put_together(directory, config, average)
     with average.averaged(task):
         task.before_export(images)
         origin = {
@@ -247,6 +251,16 @@ def export(directory: RunDirectory, config: DictConfig, task: Any, images: Image
         description = task.description()
         description["provenance"] = origin | description.get("provenance", {})
         save_model(directory.path, task.exported, config.model, description)
+
+
+def put_together(directory: RunDirectory, config: DictConfig, average: EMA) -> Any:
+    """The task whole again after training in parts, from its last checkpoint; `average` too."""
+    checkpoint = torch.load(directory.path / "checkpoints" / LAST, map_location="cpu", weights_only=True)
+    task: Any = instantiate(config.task)
+    task.load_state_dict(checkpoint["state_dict"])
+    task.on_load_checkpoint(checkpoint)
+    average.load_state_dict(checkpoint["callbacks"][average.state_key])
+    return task
 
 
 def report(directory: RunDirectory, config: DictConfig, images: ImageData, split: str, device: torch.device) -> None:

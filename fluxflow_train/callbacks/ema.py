@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fluxflow_train.errors import UserError
 from fluxflow_train.losses import at_least_fp32
 from fluxflow_train.schedule import ema_decay, ema_halflife
+from fluxflow_train.sharding import placed_like, whole
 
 
 class EMA(L.Callback):
@@ -43,7 +44,7 @@ class EMA(L.Callback):
             raise UserError(
                 "the checkpoint averages weights of another architecture: resume with its config, or give another run="
             )
-        self.average = {name: self.average[name].to(p.device) for name, p in weights.items()}
+        self.average = {name: placed_like(self.average[name], p) for name, p in weights.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -94,7 +95,7 @@ class EMA(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.depth:
             raise RuntimeError("a checkpoint was asked for while the averaged weights are in the model")
-        return {"average": self.average, "images_seen": self.images_seen}
+        return {"average": {name: whole(p) for name, p in self.average.items()}, "images_seen": self.images_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average = state_dict["average"]

@@ -27,7 +27,7 @@ class PromptGrid(L.Callback):
         self.drawn_at = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and self.prompts is None:
+        if self.prompts is None:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             count = data.num_samples("tune")
             order = rng.generator(data.seed, "sample-prompts").permutation(count).tolist()
@@ -45,7 +45,7 @@ class PromptGrid(L.Callback):
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.drawn_at = pl_module.images_seen
-        if not trainer.is_global_zero or not self.prompts:
+        if not self.prompts:
             return
         settings = settings_of(pl_module.sampler, pl_module.seed)
         average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
@@ -53,7 +53,8 @@ class PromptGrid(L.Callback):
             images = generate(
                 pl_module.model, pl_module.objective, [Request(prompt, "", 0) for prompt in self.prompts], settings
             )
-        self.write(images, settings)
+        if trainer.is_global_zero:  # a sharded model has no forward on one rank alone
+            self.write(images, settings)
 
     def write(self, images: Tensor, settings: Settings) -> None:
         assert self.prompts is not None

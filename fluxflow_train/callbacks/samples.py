@@ -25,8 +25,6 @@ class ReconstructionGrid(L.Callback):
         self.drawn_at = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         num_images = min(self.num_images, data.num_samples("tune"))
         chosen = rng.generator(data.seed, "sample-grid").permutation(data.num_samples("tune"))[:num_images]
@@ -44,13 +42,13 @@ class ReconstructionGrid(L.Callback):
     @torch.no_grad()
     def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.drawn_at = pl_module.images_seen
-        if not trainer.is_global_zero:
-            return
         average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         x = dequantize(self.images.to(pl_module.device)).to(pl_module.dtype)
         vae: Any = pl_module.vae
         with average.averaged(pl_module), torch.autocast(x.device.type, enabled=False):
             x_hat = vae(x, x.new_zeros(len(x), *vae.latent_shape(*x.shape[-2:]))).x_hat
+        if not trainer.is_global_zero:  # a sharded model has no forward on one rank alone
+            return
         grid = picture(self.images, quantize(x_hat).cpu())
         with replacing(self.folder / f"images_{self.drawn_at:09d}.png") as temporary:
             grid.save(temporary, format="PNG")

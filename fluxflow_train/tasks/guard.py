@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxflow_train.errors import UserError
+from fluxflow_train.sharding import whole
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Guard:
         Returns:
             the gradient norm before clipping and the flag (1 where the step will be left out), both on the device.
         """
-        norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(net.parameters(), clip_norm))
         found_inf = (~(norm.isfinite() & loss.detach().isfinite())).float()
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         return norm, found_inf
