@@ -119,7 +119,8 @@ class TextEncoder(nn.Module):
     def null(self, batch_size: int, num_tokens: int) -> TextFeatures:
         """The learned condition of no caption: one valid token, padded to `num_tokens`."""
         mask = torch.arange(num_tokens, device=self.null_token.device).expand(batch_size, -1) == 0
-        return TextFeatures(mask[..., None] * self.null_token, mask, self.null_pooled.expand(batch_size, -1))
+        pooled = self.null_pooled.expand(batch_size, -1).clone()  # no view: FSDP lets go of the parameter
+        return TextFeatures(mask[..., None] * self.null_token, mask, pooled)
 
     def drop(self, features: TextFeatures, dropped: Tensor) -> TextFeatures:
         """`features` with tokens, mask and pooled vector of the null condition together where `dropped` (B,)."""
