@@ -3,15 +3,18 @@
 import errno
 import fcntl
 import os
+import pickle
 import secrets
 import shlex
 import socket
 import warnings
 import zipfile
+import zlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fluxflow_train.callbacks.checkpoint import BEST, LAST, PREVIOUS
@@ -36,6 +39,7 @@ FREE += ("task.num_micro_batches",)  # rounds sums in another order, no more
 FREE += ("vae", "task.vae")  # a VAE may move; that its weights stay the same is checked
 HERE = "<run>"  # stands for the run directory while the configuration is resolved
 LOCK = ".lock"
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, zlib.error)  # what zipfile makes of damage
 
 
 class RunDirectory:
@@ -132,16 +136,19 @@ class RunDirectory:
 
 
 def damaged(path: Path) -> str:
-    """What is wrong with a file that torch.save wrote, by its checksums; "" where nothing is.
+    """What is wrong with a file that torch.save wrote; "" where nothing is.
 
-    torch.load notices a file that was cut short, but not a flipped bit.
+    torch.load notices a file that was cut short, but lets a flipped bit of a weight pass, unlike the checksums.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"checksum of {bad}" if bad else ""
+        if bad:
+            return f"checksum of {bad}"
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (*UNREADABLE, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def new_run_id() -> str:

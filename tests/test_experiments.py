@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fluxflow_train.cli import config_folder
 from fluxflow_train.composing import match_widths
+from fluxflow_train.errors import UserError
 from fluxflow_train.models.activations import ARM_NAMES
 from fluxflow_train.models.activations import arm as build_arm
+from fluxflow_train.ranks import Ranks
 from fluxflow_train.run import build_trainer
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
@@ -176,7 +178,24 @@ def test_optimizer_that_cannot_leave_a_step_out_is_refused(config: Config) -> No
         task.configure_optimizers()
 
 
-def test_trainer_composes(config: Config) -> None:
+@pytest.mark.parametrize("trainer", ["auto", "cpu", "ddp", "ddp_cpu2", "slurm", "fsdp"])
+def test_trainer_composes(config: Config, trainer: str) -> None:
+    cfg = config("+experiment=vae_bezier", f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.precision=32-true")
+    built = build_trainer(cfg, instantiate(cfg.data.module), [], [], Ranks(0, 1, 0))
+    assert built.max_epochs == 1
+    assert built.world_size == (2 if trainer == "ddp_cpu2" else 1)
+
+
+def test_several_processes_for_a_trainer_of_one_are_refused(config: Config) -> None:
     cfg = config("+experiment=vae_bezier")
-    trainer = build_trainer(cfg, instantiate(cfg.data.module), [], [])
-    assert trainer.max_epochs == 1
+    with pytest.raises(UserError, match="2 processes were started, and this trainer uses one: add trainer=ddp"):
+        build_trainer(cfg, instantiate(cfg.data.module), [], [], Ranks(0, 2, 0, 2))
+
+
+def test_loss_that_is_not_finite_is_left_out_though_its_gradient_is(config: Config) -> None:
+    """On several ranks the gradient is all that the others hear of."""
+    task = build_task(config("+experiment=vae_bezier"))
+    weight = next(task.vae.parameters())
+    task.manual_backward = lambda loss: loss.backward()
+    task.accumulate(weight.sum() + torch.tensor(float("inf")))
+    assert weight.grad is not None and weight.grad.isnan().all()

@@ -77,13 +77,16 @@ class BudgetTask(L.LightningModule):
         torch.manual_seed(rng.torch_seed(self.seed, "step", self.batches_done, self.global_rank))
 
     def accumulate(self, loss: Tensor) -> None:
-        """Add the gradients of one part's mean loss to those of the batch."""
-        self.manual_backward(loss / self.num_micro_batches)
+        """Add the gradients of one part's mean loss to those of the batch.
 
-    def step(self, optimizer: LightningOptimizer, net: nn.Module, loss: Tensor, keys: list[str]) -> Tensor:
-        """One guarded optimizer step of `net`; `loss` is the batch's on this rank. Returns the gradient norm."""
-        # A loss that is NaN or Inf on one rank must hold back all of them.
-        norm, found_inf = self.guard.step(net, optimizer.optimizer, ranks.mean(loss.detach()), self.clip_norm)
+        Those of a loss that is not finite are NaN, on all ranks once they are reduced, so that all leave the step out.
+        """
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.manual_backward(loss * finite / self.num_micro_batches)
+
+    def step(self, optimizer: LightningOptimizer, net: nn.Module, keys: list[str]) -> Tensor:
+        """One guarded optimizer step of `net` with what was accumulated. Returns the gradient norm."""
+        norm, found_inf = self.guard.step(net, optimizer.optimizer, self.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         self.guard.remember(found_inf, self.images_seen, keys)

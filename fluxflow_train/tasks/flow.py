@@ -152,7 +152,7 @@ class FlowTask(BudgetTask):
                 self.accumulate(loss)
             logs.append({"loss": loss.detach(), "dropped": dropped.float().mean()})
         means = mean(logs)
-        means["grad_norm"] = self.step(optimizer, self, means["loss"], batch["key"])
+        means["grad_norm"] = self.step(optimizer, self, batch["key"])
         self.count_batch(num_images, optimizer.param_groups[0]["lr"], means)
 
     def noised(self, batch: dict) -> Noised:

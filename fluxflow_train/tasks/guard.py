@@ -19,7 +19,7 @@ class BadStep:
 
 
 class Guard:
-    """Applies an update only where its loss and gradients are finite, and remembers where they were not.
+    """Applies an update only where its gradients are finite, and remembers where they were not.
 
     The flag stays on the device (fused optimizers read it there); `read` is the only place that waits for it.
     """
@@ -29,14 +29,14 @@ class Guard:
         self.num_bad_steps = 0
         self._flags: list[tuple[Tensor, int, list[str]]] = []
 
-    def step(self, net: nn.Module, optimizer: Optimizer, loss: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    def step(self, net: nn.Module, optimizer: Optimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
         """Clip the gradients of `net` and mark `optimizer` to skip its next step if anything is NaN or Inf.
 
         Returns:
             the gradient norm before clipping and the flag (1 where the step will be left out), both on the device.
         """
         norm = whole(nn.utils.clip_grad_norm_(net.parameters(), clip_norm))
-        found_inf = (~(norm.isfinite() & loss.detach().isfinite())).float()
+        found_inf = (~norm.isfinite()).float()
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         return norm, found_inf
 

@@ -178,10 +178,10 @@ class VAETask(BudgetTask):
                 if passed.logits_fake is not None:
                     logs[-1] |= self.backward_discriminator(passed.x, passed.logits_fake)
         means = mean(logs)
-        means["grad_norm"] = self.step(optimizers[0], self.vae, means["loss"], batch["key"])
+        means["grad_norm"] = self.step(optimizers[0], self.vae, batch["key"])
         if self.trains_discriminator:
             disc: Any = self.discriminator
-            means["grad_norm_disc"] = self.step(optimizers[1], disc, means["loss_disc"], batch["key"])
+            means["grad_norm_disc"] = self.step(optimizers[1], disc, batch["key"])
         self.count_batch(num_images, optimizers[0].param_groups[0]["lr"], means)
 
     @property

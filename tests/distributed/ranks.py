@@ -38,10 +38,10 @@ def observe(seen: dict[str, Any]) -> None:
     """Look on: gradients as the first updates get them, before they are clipped; charged channels; every record."""
     step, record, whole_batch = Guard.step, BudgetTask.record, VAETask.whole_batch
 
-    def observed_step(self: Guard, net: Any, optimizer: Any, loss: Any, clip_norm: float) -> Any:
+    def observed_step(self: Guard, net: Any, optimizer: Any, clip_norm: float) -> Any:
         if len(seen["gradients"]) < seen["nets"]:
             seen["gradients"].append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
-        return step(self, net, optimizer, loss, clip_norm)
+        return step(self, net, optimizer, clip_norm)
 
     def observed_record(self: BudgetTask, values: dict[str, float]) -> None:
         seen["records"].append((self.images_seen, dict(values)))

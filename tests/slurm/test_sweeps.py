@@ -37,6 +37,17 @@ def test_array_of_arms_and_seeds(jobs: Jobs, tmp_path: Path) -> None:
         assert f"{config.activation.encoder}-{config.seed}" == name  # type: ignore[union-attr]
 
 
+def test_shards_on_the_nodes_own_disk(jobs: Jobs, data_root: Path, tmp_path: Path) -> None:
+    script, run, local = REPOSITORY / "slurm" / "train.sbatch", tmp_path / "run", tmp_path / "local"
+    sbatch = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={jobs.cluster.folder}/job-%j.out")
+    variables = jobs.variables(FLUXFLOW_STAGE=str(data_root), FLUXFLOW_LOCAL=str(local))
+    job = jobs.cluster.submit(script, *jobs.options, *SHORT, f"run={run}", options=sbatch, **variables)
+    jobs.completed(job)
+    (copy,) = local.iterdir()
+    assert OmegaConf.load(run / "config.yaml").data.root == str(copy)  # type: ignore[union-attr]
+    assert {path.name for path in copy.glob("shapes-*")} == {path.name for path in data_root.glob("shapes-*")}
+
+
 def test_evaluation_by_two_tasks(jobs: Jobs, vae_run: Path, tmp_path: Path) -> None:
     protocol = tmp_path / "protocol.yaml"
     protocol.write_text(yaml.safe_dump(CONTENT))

@@ -13,7 +13,7 @@ def step(guard: Guard, value: float, images_seen: int) -> nn.Linear:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
     loss = (net.weight * value).sum()
     loss.backward()
-    _, flag = guard.step(net, optimizer, loss, clip_norm=1.0)
+    _, flag = guard.step(net, optimizer, clip_norm=1.0)
     optimizer.step()
     guard.remember(flag, images_seen, [f"sample{images_seen}"])
     return net
@@ -41,7 +41,7 @@ def test_norm_is_that_before_clipping() -> None:
     net = nn.Linear(2, 2, bias=False)
     loss = (net.weight * 3).sum()
     loss.backward()
-    norm, _ = Guard(0).step(net, torch.optim.AdamW(net.parameters(), fused=True), loss, clip_norm=1.0)
+    norm, _ = Guard(0).step(net, torch.optim.AdamW(net.parameters(), fused=True), clip_norm=1.0)
     assert norm.item() == pytest.approx(6)
     assert net.weight.grad is not None
     assert net.weight.grad.norm().item() == pytest.approx(1, rel=1e-4)
