@@ -8,6 +8,7 @@
 # module load cuda python        # if your cluster has modules, name them here
 
 set -u
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # since SLURM 22.05 srun doesn't take it from sbatch
 cd "${FLUXFLOW_DIR:-$SLURM_SUBMIT_DIR}"
 activate="${FLUXFLOW_ENV:-.venv}/bin/activate"
 if [ ! -f "$activate" ]; then
@@ -16,12 +17,12 @@ if [ ! -f "$activate" ]; then
 fi
 . "$activate"
 
-# Copies what has changed of $FLUXFLOW_STAGE to every node, once per node.
+# Copies what has changed of $FLUXFLOW_STAGE to every node, once per node; two jobs on a node take turns.
 stage() {
     [ -n "${FLUXFLOW_STAGE:-}" ] || return 0
     data_root="${FLUXFLOW_LOCAL:-${TMPDIR:-/tmp}}/fluxflow-$SLURM_JOB_USER"
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        bash -c 'mkdir -p "$2" && cp -ru "$1"/. "$2"/' - "$FLUXFLOW_STAGE" "$data_root" || exit 1
+        bash -c 'mkdir -p "$2" && flock "$2/.staging" cp -ru "$1"/. "$2"/' - "$FLUXFLOW_STAGE" "$data_root" || exit 1
     data=("data.root=$data_root")
 }
 
