@@ -73,6 +73,11 @@ def refuse_impossible(config: DictConfig, task: Any, world_size: int) -> None:
         )
     if size % task.stride:
         raise UserError(f"scale.resolution={size} is no multiple of the VAE's stride: give a multiple of {task.stride}")
+    module = config.data.module
+    if (module.resolutions is not None or module.bucket_aspect != 1) and module.bucket_step % task.stride:
+        raise UserError(
+            f"data.bucket_step={module.bucket_step} does not fit the VAE's stride: give a multiple of {task.stride}"
+        )
 
 
 def refuse_unknown_split(split: str) -> None:

@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 def as_png(data: bytes, resolution: int) -> dict[str, bytes]:
     """The central square at `resolution` pixels, as evaluations cut it, without loss. Raises BadImage."""
-    pixels = decode_image(data, resolution, "exact", ImageLimits())
+    pixels = decode_image(data, (resolution, resolution), "exact", ImageLimits())
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
     return {"png": buffer.getvalue()}
@@ -58,7 +58,7 @@ def as_png(data: bytes, resolution: int) -> dict[str, bytes]:
 
 def as_it_is(data: bytes, resolution: int) -> dict[str, bytes]:
     """The file itself, once it is seen that it can be decoded. Raises BadImage."""
-    decode_image(data, resolution, "exact", ImageLimits())
+    decode_image(data, (resolution, resolution), "exact", ImageLimits())
     with Image.open(io.BytesIO(data)) as image:
         return {{"PNG": "png", "WEBP": "webp"}.get(image.format or "", "jpg"): data}
 

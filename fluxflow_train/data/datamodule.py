@@ -4,29 +4,39 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from fluxflow_train.data.buckets import BucketRule, Buckets
 from fluxflow_train.data.images import Decode, ImageLimits
 from fluxflow_train.data.index import Index, open_table
+from fluxflow_train.data.line import Line, Part
 from fluxflow_train.data.loader import EvalLoader, TrainLoader, checked
 from fluxflow_train.data.progress import progress
 from fluxflow_train.data.reader import BatchReader, ImageReader, PlainView, RandomView, View
 from fluxflow_train.data.sampler import GlobalOrder, eval_batches
 from fluxflow_train.data.selection import MissingCaption, Policy, Selection
 from fluxflow_train.data.sources import SPLITS, Source, Split
+from fluxflow_train.data.sources.mixture import Mixture
+from fluxflow_train.errors import UserError
+
+Crop = Literal["center", "random"]
 
 log = logging.getLogger(__name__)
 
 
 class ImageData(LightningDataModule):
-    """Square images of `resolution` pixels with captions; training is one pass of `budget_images` images.
+    """Images with captions; training is one pass of `budget_images` images.
 
-    `batch_size` is the global one: the processes share each batch. `cache_bytes` bounds, per process, the decoded
-    images that are kept where a whole split fits. `cache_dir` takes indices of shards whose own folder is read-only.
+    Evaluation sees squares of `resolution` pixels; so does training, unless `resolutions` or `bucket_aspect` ask for
+    batches of several shapes (`BucketRule`). `batch_size` is the global one: the processes share each batch.
+    `cache_bytes` bounds, per process, the decoded images that are kept where a whole split fits. `cache_dir` takes
+    indices of shards whose own folder is read-only.
     """
 
     def __init__(
@@ -39,6 +49,11 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
         flip_prob: float = 0.0,
         decode: Decode = "exact",
+        crop: Crop = "center",
+        resolutions: Sequence[int] | None = None,
+        bucket_aspect: float = 1.0,
+        bucket_step: int = 16,
+        bucket_share: float = 0.01,
         window_shards: int = 16,
         missing_caption: MissingCaption = "keep",
         max_bad_fraction: float = 0.01,
@@ -60,6 +75,12 @@ class ImageData(LightningDataModule):
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if decode not in get_args(Decode):
             raise ValueError(f"decode: got {decode!r}, expected one of {get_args(Decode)}")
+        if crop not in get_args(Crop):
+            raise ValueError(f"crop: got {crop!r}, expected one of {get_args(Crop)}")
+        self.bucket_rule = None
+        if resolutions is not None or bucket_aspect != 1:
+            sides = (resolution,) if resolutions is None else tuple(resolutions)
+            self.bucket_rule = BucketRule(sides, bucket_aspect, bucket_step, bucket_share)
         self.source = source
         self.resolution = resolution
         self.batch_size = batch_size
@@ -69,10 +90,11 @@ class ImageData(LightningDataModule):
         self.decode: Decode = decode
         self.window_shards = window_shards
         self.policy = Policy(ImageLimits(max_pixels, min_side, max_aspect), missing_caption, max_bad_fraction)
-        self.training_view = RandomView(seed, flip_prob)
+        self.training_view = RandomView(seed, flip_prob, cropped=crop == "random")
         self._cache_dir = Path(cache_dir).expanduser()
         self.cache_bytes = cache_bytes
         self._selections: dict[Split, Selection] = {}
+        self._train_buckets: Buckets | None = None
         self._prepared = False
 
     def prepare_data(self) -> None:
@@ -85,6 +107,9 @@ class ImageData(LightningDataModule):
             open_table(path, self._cache_dir)
         for split in SPLITS:
             _report(split, self.selection(split))
+        for table in (self._mix_table(), self._bucket_table()):
+            if table is not None:
+                Console(stderr=True).print(table)
         self._prepared = True
 
     def selection(self, split: Split) -> Selection:
@@ -94,13 +119,25 @@ class ImageData(LightningDataModule):
             self._selections[split] = Selection(index, self.policy)
         return self._selections[split]
 
+    def buckets(self, split: Split) -> Buckets:
+        """The shape of every sample of `split`; squares, except in training where `BucketRule` says otherwise."""
+        selection = self.selection(split)
+        if split != "train" or self.bucket_rule is None:
+            return Buckets.square(self.resolution, len(selection))
+        if self._train_buckets is None:
+            width, height = selection.column("width"), selection.column("height")
+            self._train_buckets = Buckets.by_rule(self.bucket_rule, width, height, self.batch_size)
+        return self._train_buckets
+
     def num_samples(self, split: Split) -> int:
         """Samples of `split` over all processes: what an evaluation's gathered count must equal."""
         return len(self.selection(split))
 
     def train_dataloader(self) -> TrainLoader:
         """This process's share of each of the `num_batches` global batches."""
-        return self.train_loader(self._reader("train", self.decode, self.training_view, self._worker_bytes))
+        selection, buckets = self.selection("train"), self.buckets("train")
+        reader = ImageReader(selection, buckets, self.decode, self.training_view, self._worker_bytes)
+        return self.train_loader(reader)
 
     def val_dataloader(self) -> EvalLoader:
         """The tune split: what choices are made on."""
@@ -125,7 +162,8 @@ class ImageData(LightningDataModule):
 
     def train_loader(self, reader: BatchReader[Any]) -> TrainLoader:
         """The training order, over what `reader` makes of each sample of the training split."""
-        order = GlobalOrder(self.seed, self.selection("train").shard_sizes, self.window_shards, self.batch_size)
+        line = Line(self.seed, [part for _, part in self._parts()], self.window_shards)
+        order = GlobalOrder(line, reader.buckets.of, self.batch_size)
         return TrainLoader(reader, order, self.num_batches, *_rank_and_world(), self.num_workers)
 
     def eval_loader(self, split: Split, reader: BatchReader[Any]) -> EvalLoader:
@@ -138,7 +176,47 @@ class ImageData(LightningDataModule):
         return self.cache_bytes // max(1, self.num_workers)
 
     def _reader(self, split: Split, decode: Decode, view: View, cache_bytes: int) -> ImageReader:
-        return ImageReader(self.selection(split), self.resolution, decode, view, cache_bytes)
+        buckets = Buckets.square(self.resolution, self.num_samples(split))
+        return ImageReader(self.selection(split), buckets, decode, view, cache_bytes)
+
+    def _parts(self) -> list[tuple[str, Part]]:
+        """The datasets of the training split, by name. Raises UserError where one has no usable sample."""
+        sizes = self.selection("train").shard_sizes
+        if not isinstance(self.source, Mixture):
+            return [("", Part(sizes))]
+        parts, first = [], 0
+        for name, num_shards, weight in self.source.datasets:
+            part = Part(sizes[first : first + num_shards], weight)
+            if not sum(part.shard_sizes):
+                raise UserError(f"dataset {name} of data.mix has no usable sample: see what was left out above")
+            parts.append((name, part))
+            first += num_shards
+        return parts
+
+    def _mix_table(self) -> Table | None:
+        """What each dataset of a mixture gives; None where there is only one."""
+        parts = self._parts()
+        if len(parts) == 1:
+            return None
+        table = Table("dataset", "shards", "images", "share", "epochs", title="Mixture")
+        total = sum(part.weight for _, part in parts)
+        for name, part in parts:
+            images, share = sum(part.shard_sizes), part.weight / total
+            epochs = share * self.num_batches * self.batch_size / images
+            table.add_row(name, f"{len(part.shard_sizes)}", f"{images:,}", f"{share:.1%}", f"{epochs:.2f}")
+        return table
+
+    def _bucket_table(self) -> Table | None:
+        """The buckets of training; None where all is square."""
+        if self.bucket_rule is None:
+            return None
+        buckets = self.buckets("train")
+        table = Table("height", "width", "aspect", "images", "share", title="Aspect-ratio buckets")
+        for shape, count in zip(buckets.shapes, buckets.counts, strict=True):
+            share = count / len(buckets.of)
+            row = (shape.height, shape.width, f"{shape.aspect:.2f}", f"{count:,}", f"{share:.1%}")
+            table.add_row(*map(str, row))
+        return table
 
 
 def _rank_and_world() -> tuple[int, int]:

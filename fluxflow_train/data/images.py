@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 Decode = Literal["exact", "draft2x", "draft1x"]
+CENTRE = (0.5, 0.5)
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -62,8 +63,12 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimits) -> np.ndarray:
-    """The central square of an encoded image at `resolution` pixels: uint8 (3, resolution, resolution).
+def decode_image(
+    data: bytes, shape: tuple[int, int], decode: Decode, limits: ImageLimits, place: tuple[float, float] = CENTRE
+) -> np.ndarray:
+    """The largest part of an encoded image with the aspect of `shape` (H, W), scaled to it: uint8 (3, H, W).
+
+    `place` in [0, 1]^2 is where the part lies, from the left and from the top; it matters on the longer side alone.
 
     `decode` other than "exact" lets the JPEG decoder shrink to no less than 2x or 1x the target, which is faster
     and about 41 dB from the exact result: for training only.
@@ -76,8 +81,9 @@ def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimi
     if width * height > limits.max_pixels:
         raise BadImage("too many pixels")
     if decode in _DRAFT_FACTOR:
-        side = _DRAFT_FACTOR[decode] * resolution
-        image.draft(None, (side, side))
+        factor = _DRAFT_FACTOR[decode]
+        down, across = (shape[1], shape[0]) if _orientation(image) >= 5 else shape  # as stored, before the rotation
+        image.draft(None, (factor * across, factor * down))
     try:
         image.load()
         orientation = _orientation(image)
@@ -87,7 +93,7 @@ def decode_image(data: bytes, resolution: int, decode: Decode, limits: ImageLimi
     except _BROKEN as error:
         raise BadImage("damaged image") from error
     limits.check(width, height)
-    return np.ascontiguousarray(np.asarray(_central_square(image, resolution)).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(_cropped(image, shape, place)).transpose(2, 0, 1))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -120,8 +126,11 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _central_square(image: Image.Image, resolution: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((resolution, resolution), Image.Resampling.BICUBIC)
+def _cropped(image: Image.Image, shape: tuple[int, int], place: tuple[float, float]) -> Image.Image:
+    height, width = shape
+    scale = min(image.width / width, image.height / height)
+    across, down = round(width * scale), round(height * scale)
+    left = int((image.width - across) * place[0])
+    top = int((image.height - down) * place[1])
+    part = image.crop((left, top, left + across, top + down))
+    return part.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,9 +1,10 @@
 """Latents computed once: the posterior of every sample of a split, plain and flipped, in 16-bit safetensors shards.
 
-`mean` and `logvar` of a shard are float16 (n, 2, D, h, w): n samples, each as it is and then flipped left to right
-*before* it was encoded, since the flipped latent is not the latent of the flipped image.
+A shard holds the latents of each shape apart: `mean.<g>` and `logvar.<g>` are float16 (n_g, 2, D, h, w), each sample
+as it is and then flipped left to right *before* it was encoded, since the flipped latent is not the latent of the
+flipped image. `group` and `row` int64 (n,) say where each sample is.
 
-D latent channels, h w latent grid, n samples of a shard.
+D latent channels, h w latent grid, n samples of a shard, n_g of them of the g-th shape in it.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from torch import Tensor
 from fluxflow_train.data.writer import MANIFEST
 from fluxflow_train.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SAMPLES_PER_SHARD = 1024
 
 _REMEDY = "delete the folder to have it made anew"
@@ -27,7 +28,7 @@ _MEANING = {
     "version": "written in another format",
     "vae_sha256": "of another VAE",
     "fingerprint": "of other images",
-    "resolution": "of another resolution",
+    "buckets": "of other shapes",
 }
 
 
@@ -38,14 +39,14 @@ class Latent(NamedTuple):
     logvar: Tensor
 
 
-def identity(vae_sha256: str, fingerprint: str, resolution: int) -> dict[str, Any]:
-    """What the latents of a folder depend on, by name: images are always decoded exactly."""
-    return {"version": VERSION, "vae_sha256": vae_sha256, "fingerprint": fingerprint, "resolution": resolution}
+def identity(vae_sha256: str, fingerprint: str, buckets: str) -> dict[str, Any]:
+    """What the latents of a folder depend on, by name: images are always decoded exactly, cut at the centre."""
+    return {"version": VERSION, "vae_sha256": vae_sha256, "fingerprint": fingerprint, "buckets": buckets}
 
 
-def latent_folder(root: Path, vae_sha256: str, resolution: int, fingerprints: Iterable[str]) -> Path:
+def latent_folder(root: Path, vae_sha256: str, fingerprints: Iterable[str]) -> Path:
     """Named after what decides the content, so that latents of another VAE or of other images never lie there."""
-    content = json.dumps([VERSION, vae_sha256, resolution, *fingerprints])
+    content = json.dumps([VERSION, vae_sha256, *fingerprints])
     return root / f"latents-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
@@ -92,15 +93,13 @@ class LatentCache:
         self.damaged = {int(sample): cause for row in rows for sample, cause in row["damaged"].items()}
 
     @classmethod
-    def open(
-        cls, folder: Path, *, vae_sha256: str, fingerprint: str, resolution: int, cache_bytes: int
-    ) -> "LatentCache":
-        """Latents by the VAE of that hash, of the selection of that fingerprint, at `resolution` pixels.
+    def open(cls, folder: Path, *, vae_sha256: str, fingerprint: str, buckets: str, cache_bytes: int) -> "LatentCache":
+        """Latents by the VAE of that hash, of the selection and in the buckets of those fingerprints.
 
         Raises:
             UserError: the folder was never finished, holds latents of something else, or a shard is not as written.
         """
-        manifest = checked_manifest(folder, identity(vae_sha256, fingerprint, resolution))
+        manifest = checked_manifest(folder, identity(vae_sha256, fingerprint, buckets))
         return cls(folder, manifest, cache_bytes)
 
     def __reduce__(self) -> tuple[type["LatentCache"], tuple[Path, dict[str, Any], int]]:
@@ -114,12 +113,12 @@ class LatentCache:
         """The latent of one sample, or of its mirror image; of its stand-in where it is in `damaged`."""
         if not 0 <= sample < self._count:
             raise IndexError(f"sample: got {sample}, expected 0 to {self._count - 1}")
-        number, row = divmod(sample, SAMPLES_PER_SHARD)
+        number, at = divmod(sample, SAMPLES_PER_SHARD)
         shard = self._shards[number]
         if shard is None:
             shard = self._shards[number] = self._mapped(self._manifest["shards"][number])
-        view = int(flipped)
-        return Latent(shard["mean"][row, view].float(), shard["logvar"][row, view].float())
+        group, row, view = int(shard["group"][at]), int(shard["row"][at]), int(flipped)
+        return Latent(shard[f"mean.{group}"][row, view].float(), shard[f"logvar.{group}"][row, view].float())
 
     def _loaded(self, row: dict[str, Any]) -> dict[str, Tensor]:
         path = self._folder / row["name"]
@@ -132,6 +131,6 @@ class LatentCache:
         path = self._folder / row["name"]
         try:
             with safe_open(path, "pt") as file:  # its tensors are views of the mapped file
-                return {name: file.get_tensor(name) for name in ("mean", "logvar")}
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise UserError(f"{path} was altered since it was written ({error}): {_REMEDY}") from error

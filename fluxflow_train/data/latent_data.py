@@ -14,13 +14,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxflow_train.data.buckets import Buckets
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.data.images import BadImage
 from fluxflow_train.data.latent_cache import Latent, LatentCache, latent_folder
 from fluxflow_train.data.latent_writer import Posterior, write_latents
 from fluxflow_train.data.loader import EvalLoader, TrainLoader
 from fluxflow_train.data.lock import alone
-from fluxflow_train.data.reader import NO_CAPTION, BatchReader, PlainView, View
+from fluxflow_train.data.reader import NO_CAPTION, BatchReader, PlainView, Shown, View
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.sources import SPLITS, Source, Split
 from fluxflow_train.data.text_cache import TextCache
@@ -37,8 +38,10 @@ class LatentReader(BatchReader[Latent]):
     With a text cache also `text_hidden` float32 (B, S, W), zero where not valid, and `text_mask` bool (B, S).
     """
 
-    def __init__(self, selection: Selection, view: View, latents: LatentCache, text: TextCache | None) -> None:
-        super().__init__(selection, view)
+    def __init__(
+        self, selection: Selection, buckets: Buckets, view: View, latents: LatentCache, text: TextCache | None
+    ) -> None:
+        super().__init__(selection, buckets, view)
         self.latents = latents
         self.text = text
 
@@ -47,10 +50,10 @@ class LatentReader(BatchReader[Latent]):
         text = {} if self.text is None else {"text_fingerprint": self.text.fingerprint}
         return {**super().identity, "vae_sha256": self.latents.vae_sha256, **text}
 
-    def content(self, sample: int, flipped: bool) -> Latent:
+    def content(self, sample: int, shown: Shown) -> Latent:
         if sample in self.latents.damaged:
             raise BadImage(self.latents.damaged[sample])
-        return self.latents.read(sample, flipped)
+        return self.latents.read(sample, shown.flipped)
 
     def collate(self, contents: list[Latent], captions: list[str]) -> dict[str, Tensor]:
         means, logvars = zip(*contents, strict=True)
@@ -84,6 +87,8 @@ class LatentData(LightningDataModule):
     ) -> None:
         """`vae_sha256` is of the weights of `vae`; `prepare_data` runs the two networks on `device` ("auto" too)."""
         super().__init__()
+        if images.training_view.cropped:
+            raise ValueError("data.crop: got random, but cached latents are of the centre; set data.crop=center")
         if backbone is not None and not backbone.frozen:
             raise ValueError("backbone: got one that is trained, expected a frozen one, or None")
         self.image_data = images
@@ -126,7 +131,7 @@ class LatentData(LightningDataModule):
                 write_latents(
                     self._latent_folder(split),
                     self.image_data.selection(split),
-                    self.resolution,
+                    self.image_data.buckets(split),
                     cast(Posterior, self.vae.posterior),
                     vae_sha256=self.vae_sha256,
                     device=self.device,
@@ -143,7 +148,7 @@ class LatentData(LightningDataModule):
                 self._latent_folder(split),
                 vae_sha256=self.vae_sha256,
                 fingerprint=self.image_data.selection(split).fingerprint,
-                resolution=self.resolution,
+                buckets=self.image_data.buckets(split).fingerprint,
                 cache_bytes=self.image_data.cache_bytes,
             )
         return self._latents[split]
@@ -180,11 +185,13 @@ class LatentData(LightningDataModule):
         return self.image_data.images(split, samples)
 
     def _reader(self, split: Split, view: View) -> LatentReader:
-        return LatentReader(self.image_data.selection(split), view, self.latents(split), self.text())
+        selection, buckets = self.image_data.selection(split), self.image_data.buckets(split)
+        return LatentReader(selection, buckets, view, self.latents(split), self.text())
 
     def _latent_folder(self, split: Split) -> Path:
-        fingerprints = [self.image_data.selection(each).fingerprint for each in SPLITS]
-        return latent_folder(self._root, self.vae_sha256, self.resolution, fingerprints) / split
+        images = [self.image_data.selection(each).fingerprint for each in SPLITS]
+        shapes = [self.image_data.buckets(each).fingerprint for each in SPLITS]
+        return latent_folder(self._root, self.vae_sha256, images + shapes) / split
 
     def _text_folder(self, backbone: Backbone) -> Path:
         return self._root / f"text-{backbone.fingerprint[:16]}"

@@ -1,6 +1,6 @@
 """Write the latents of a split: every image encoded plain and flipped, shard by shard, each shard whole or not there.
 
-B batch, R resolution of the images, D latent channels, h w latent grid, n samples of a shard.
+B batch, H W pixels of its images, D latent channels, h w latent grid, n samples of a shard.
 """
 
 import hashlib
@@ -11,17 +11,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fluxflow_train.data.buckets import Buckets
 from fluxflow_train.data.latent_cache import SAMPLES_PER_SHARD, checked_manifest, identity
 from fluxflow_train.data.loader import EvalLoader, check_damage
-from fluxflow_train.data.lock import alone
+from fluxflow_train.data.lock import alone, claim, held
 from fluxflow_train.data.progress import progress
 from fluxflow_train.data.reader import ImageReader, PlainView
-from fluxflow_train.data.sampler import eval_batches
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.writer import MANIFEST
 from fluxflow_train.errors import UserError
@@ -29,16 +30,15 @@ from fluxflow_train.files import replacing, write_atomically
 from fluxflow_train.pixels import dequantize
 
 Posterior = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images (B, 3, R, R) in [-1, 1] to mean and logvar (B, D, h, w) of the standardised latent."""
+"""Images (B, 3, H, W) in [-1, 1] to mean and logvar (B, D, h, w) of the standardised latent."""
 
 BATCH = 32
-BATCHES_PER_SHARD = SAMPLES_PER_SHARD // BATCH
 
 
 def write_latents(
     folder: Path,
     selection: Selection,
-    resolution: int,
+    buckets: Buckets,
     posterior: Posterior,
     *,
     vae_sha256: str,
@@ -50,26 +50,35 @@ def write_latents(
 
     In fp32 and in batches of one size, so the result depends neither on the batch size of training nor on where an
     earlier call was broken off. `tolerant`: the next whole image stands in for a damaged one, instead of an error.
-    Several processes may do this at once: one works, the others wait for it.
+    Any number of processes on any number of machines may do this at once: each takes shards that no other has.
 
     Raises:
         UserError: an image is damaged, a latent is not finite in 16 bits, the folder can't be written or holds others.
     """
-    reader = ImageReader(selection, resolution, "exact", PlainView(), cache_bytes=0)
-    expected = identity(vae_sha256, selection.fingerprint, resolution)
-    if not (folder / MANIFEST).exists():
-        try:
-            with alone(folder), _exactly(device):
+    reader = ImageReader(selection, buckets, "exact", PlainView(), cache_bytes=0)
+    expected = identity(vae_sha256, selection.fingerprint, buckets.fingerprint)
+    numbers = range(-(-len(selection) // SAMPLES_PER_SHARD))
+    try:
+        if not (folder / MANIFEST).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                with claim(_claim(folder, number)) as mine:
+                    if mine:
+                        _write_shard(folder, number, reader, posterior, expected, device, num_workers, tolerant)
+            for number in numbers:  # what another process has, or had when it was killed
+                with held(_claim(folder, number), f"encoding {_path(folder, number).name}"):
+                    _write_shard(folder, number, reader, posterior, expected, device, num_workers, tolerant)
+            with alone(folder):
                 if not (folder / MANIFEST).exists():
-                    _write_shards(folder, reader, posterior, expected, device, num_workers, tolerant)
-                    _write_manifest(folder, selection, expected)
-        except OSError as error:
-            raise UserError(f"can't write latents to {folder}: {error}; choose another data root") from error
+                    _write_manifest(folder, reader, expected)
+    except OSError as error:
+        raise UserError(f"can't write latents to {folder}: {error}; choose another data root") from error
     checked_manifest(folder, expected)
 
 
-def _write_shards(
+def _write_shard(
     folder: Path,
+    number: int,
     reader: ImageReader,
     posterior: Posterior,
     expected: dict[str, Any],
@@ -77,26 +86,38 @@ def _write_shards(
     num_workers: int,
     tolerant: bool,
 ) -> None:
-    """Make the shards that are not there, from one pass over their images."""
-    selection = reader.selection
-    batches = eval_batches(len(selection), BATCH, 0, 1)
-    missing = {}
-    for number, first in enumerate(range(0, len(batches), BATCHES_PER_SHARD)):
-        if _note(_path(folder, number)).get("identity") != expected:
-            missing[number] = batches[first : first + BATCHES_PER_SHARD]
-    loader = EvalLoader(reader, [batch for shard in missing.values() for batch in shard], num_workers, tolerant)
-    images = iter(progress(loader, f"Encoding latents of {folder.name}", len(loader)))
-    for number, shard in missing.items():
-        latents = torch.cat([_encode(batch, selection, posterior, device) for batch in islice(images, len(shard))])
-        check_damage(selection, loader.damaged)
-        # A stand-in's damage may lie in the next shard, which then tells of it itself.
-        first, last = shard[0][0][1], shard[-1][-1][1]
-        damaged = {sample: cause for sample, cause in loader.damaged.items() if first <= sample <= last}
-        tensors = {"mean": latents[:, :, 0].contiguous(), "logvar": latents[:, :, 1].contiguous()}
-        # One entry: safetensors writes several in an order that changes from call to call.
-        metadata = {"note": json.dumps({"identity": expected, "damaged": damaged})}
-        with replacing(_path(folder, number)) as temporary:
-            save_file(tensors, temporary, metadata)
+    """Make one shard, unless it is there."""
+    path = _path(folder, number)
+    if (folder / MANIFEST).exists() or _note(path).get("identity") == expected:
+        return
+    selection, total = reader.selection, len(reader.selection)
+    first, last = number * SAMPLES_PER_SHARD, min(total, (number + 1) * SAMPLES_PER_SHARD)
+    of = reader.buckets.of[first:last]
+    tensors = {"group": torch.empty(len(of), dtype=torch.int64), "row": torch.empty(len(of), dtype=torch.int64)}
+    groups = [first + np.flatnonzero(of == bucket) for bucket in np.unique(of)]
+    requests = [
+        [(0, s) for s in group[i : i + BATCH].tolist()] for group in groups for i in range(0, len(group), BATCH)
+    ]
+    loader = EvalLoader(reader, requests, num_workers, tolerant)
+    title = f"Encoding latents of {folder.name}, shard {number + 1} of {-(-total // SAMPLES_PER_SHARD)}"
+    batches = iter(progress(loader, title, len(loader)))
+    with _exactly(device):
+        for at, group in enumerate(groups):
+            mine = islice(batches, -(-len(group) // BATCH))
+            latents = torch.cat([_encode(batch, selection, posterior, device) for batch in mine])
+            tensors[f"mean.{at}"] = latents[:, :, 0].contiguous()
+            tensors[f"logvar.{at}"] = latents[:, :, 1].contiguous()
+            places = torch.from_numpy(group - first)
+            tensors["group"][places] = at
+            tensors["row"][places] = torch.arange(len(group))
+    assert next(batches, None) is None  # the bar and the workers come to their end
+    check_damage(selection, loader.damaged)
+    # A stand-in's damage may lie in the next shard, which then tells of it itself.
+    damaged = {sample: cause for sample, cause in loader.damaged.items() if first <= sample < last}
+    # One entry: safetensors writes several in an order that changes from call to call.
+    metadata = {"note": json.dumps({"identity": expected, "damaged": damaged})}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 @contextmanager
@@ -126,27 +147,24 @@ def _encode(batch: dict[str, Any], selection: Selection, posterior: Posterior, d
     return latents
 
 
-def _write_manifest(folder: Path, selection: Selection, expected: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, reader: ImageReader, expected: dict[str, Any]) -> None:
     """Last: who finds it finds the shards whole."""
-    rows, shape = [], []
+    selection, rows, damaged = reader.selection, [], {}
     for number in range(-(-len(selection) // SAMPLES_PER_SHARD)):
         path = _path(folder, number)
-        data = path.read_bytes()
-        shape = load(data)["mean"].shape
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        met = _note(path)["damaged"]
+        damaged |= {int(sample): cause for sample, cause in met.items()}
+        samples = min(SAMPLES_PER_SHARD, len(selection) - number * SAMPLES_PER_SHARD)
         rows.append(
-            {
-                "name": path.name,
-                "samples": shape[0],
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "damaged": _note(path)["damaged"],
-            }
+            {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": digest, "damaged": met}
         )
+    check_damage(selection, damaged)
     manifest = {
         **expected,
         "decode": "exact",
         "count": len(selection),
-        "shape": list(shape[2:]),
+        "shapes": [list(shape) for shape in reader.buckets.shapes],
         "dtype": "float16",
         "views": ["plain", "flipped"],
         "source": _licence(Path(selection.index.shards[0]).parent),
@@ -154,6 +172,12 @@ def _write_manifest(folder: Path, selection: Selection, expected: dict[str, Any]
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / MANIFEST, text.encode())
+    for number in range(len(rows)):
+        _claim(folder, number).unlink(missing_ok=True)
+
+
+def _claim(folder: Path, number: int) -> Path:
+    return folder / f".latents-{number:05d}.lock"
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -28,6 +28,8 @@ _MEANING = {
     "seed": "the seed",
     "batch_size": "the global batch size",
     "window_shards": "the shuffling window",
+    "mix": "the mixture of the datasets",
+    "buckets": "the shapes of the images",
     "fingerprint": "the training data",
     "vae_sha256": "the VAE of the latents",
     "text_fingerprint": "the text backbone",
@@ -91,9 +93,11 @@ class TrainLoader:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "seed": self._order.seed,
+            "seed": self._order.line.seed,
             "batch_size": self._order.batch_size,
-            "window_shards": self._order.window_shards,
+            "window_shards": self._order.line.window_shards,
+            "mix": self._order.line.counts,
+            "buckets": self._reader.buckets.fingerprint,
             **self._reader.identity,
         }
 

@@ -25,14 +25,27 @@ def alone(folder: Path) -> Iterator[Path]:
         Stopped: a signal came while waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    with held(folder / ".lock", f"preparing {folder}") as path:
+        yield path
+
+
+@contextmanager
+def held(path: Path, doing: str) -> Iterator[Path]:
+    """Wait until no other process holds the lock file `path`; `doing` says in the log what the other is about."""
     with path.open("w") as file:
         if not taken(file):
-            log.warning("waiting for the process that is preparing %s", folder)
+            log.warning("waiting for the process that is %s", doing)
             while not taken(file):
                 preemption.check()
                 time.sleep(POLL)
         yield path
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether what the file `path` stands for is this process's to do; a killed process's claim is free again."""
+    with path.open("w") as file:
+        yield taken(file)
 
 
 def taken(file: object) -> bool:

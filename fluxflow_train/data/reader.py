@@ -1,6 +1,6 @@
 """From sample numbers to a batch: what a worker process does.
 
-B batch, R resolution of the square images.
+B batch, H W pixels of its images: every sample of a request has the same shape.
 """
 
 from abc import ABC, abstractmethod
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fluxflow_train import rng
+from fluxflow_train.data.buckets import Buckets
 from fluxflow_train.data.captions import choose
-from fluxflow_train.data.images import BadImage, Decode, decode_image
+from fluxflow_train.data.images import CENTRE, BadImage, Decode, decode_image
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.errors import UserError
 
@@ -33,36 +34,56 @@ class Fetched(NamedTuple):
     error: str
 
 
-class View(Protocol):
-    """How a sample is shown: whether flipped left to right, and with which of its captions."""
+class Shown(NamedTuple):
+    """How a sample is shown: whether flipped left to right, which part of the image, with which of its captions."""
 
-    def __call__(self, captions: list[str], epoch: int, sample: int) -> tuple[bool, str]: ...
+    flipped: bool
+    place: tuple[float, float]  # in [0, 1]^2, see decode_image
+    caption: str
+
+
+class View(Protocol):
+    """Decides how a sample is shown; `cropped`: whether images are shown elsewhere than at their centre."""
+
+    cropped: bool
+
+    def __call__(self, captions: list[str], epoch: int, sample: int) -> Shown: ...
 
 
 class PlainView:
-    """For evaluation: the image as it is, the first caption."""
+    """For evaluation: the centre of the image as it is, the first caption."""
 
-    def __call__(self, captions: list[str], epoch: int, sample: int) -> tuple[bool, str]:
-        return False, captions[0] if captions else NO_CAPTION
+    cropped = False
+
+    def __call__(self, captions: list[str], epoch: int, sample: int) -> Shown:
+        return Shown(False, CENTRE, captions[0] if captions else NO_CAPTION)
 
 
 @dataclass(frozen=True)
 class RandomView:
-    """For training: flipped left to right with `flip_prob`, one of the captions; drawn from (seed, epoch, sample)."""
+    """For training: flipped left to right with `flip_prob`, one of the captions, the centre or (`cropped`) any part.
+
+    Drawn from (seed, epoch, sample).
+    """
 
     seed: int
     flip_prob: float
+    cropped: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip_prob <= 1:
             raise ValueError(f"flip_prob: got {self.flip_prob}, expected 0 to 1")
 
-    def __call__(self, captions: list[str], epoch: int, sample: int) -> tuple[bool, str]:
+    def __call__(self, captions: list[str], epoch: int, sample: int) -> Shown:
         # Streams of their own, so that one option doesn't change what another draws; none is made for nothing.
         flipped = bool(self.flip_prob and rng.generator(self.seed, "flip", epoch, sample).random() < self.flip_prob)
+        place = CENTRE
+        if self.cropped:
+            across, down = rng.generator(self.seed, "crop", epoch, sample).random(2).tolist()
+            place = (across, down)
         if len(captions) > 1:
-            return flipped, choose(captions, rng.generator(self.seed, "caption", epoch, sample))
-        return flipped, captions[0] if captions else NO_CAPTION
+            return Shown(flipped, place, choose(captions, rng.generator(self.seed, "caption", epoch, sample)))
+        return Shown(flipped, place, captions[0] if captions else NO_CAPTION)
 
 
 class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
@@ -70,12 +91,13 @@ class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
 
     A batch is index and epoch int64 (B,), key and caption lists of B, and what the subclass adds.
 
-    In place of a sample whose image turns out damaged stands the next one that is whole, so a batch keeps its size
-    and stays the same on any number of workers.
+    In place of a sample whose image turns out damaged stands the next whole one of its bucket, so a batch keeps its
+    size and its shape and stays the same on any number of workers.
     """
 
-    def __init__(self, selection: Selection, view: View) -> None:
+    def __init__(self, selection: Selection, buckets: Buckets, view: View) -> None:
         self.selection = selection
+        self.buckets = buckets
         self.view = view
         self._damaged: dict[int, str] = {}
 
@@ -85,7 +107,7 @@ class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
         return {"fingerprint": self.selection.fingerprint}
 
     @abstractmethod
-    def content(self, sample: int, flipped: bool) -> Content:
+    def content(self, sample: int, shown: Shown) -> Content:
         """What is read of one sample. Raises BadImage where it can't be used."""
 
     @abstractmethod
@@ -117,11 +139,13 @@ class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
         """The first sample from `wanted` on that can be used, its content and its caption."""
         for step in range(len(self.selection)):
             sample = (wanted + step) % len(self.selection)
+            if self.buckets.of[sample] != self.buckets.of[wanted]:
+                continue
             if sample not in self._damaged:
                 captions = self.selection.index.captions(self.selection.row(sample))
-                flipped, caption = self.view(captions, epoch, sample)
+                shown = self.view(captions, epoch, sample)
                 try:
-                    return sample, self.content(sample, flipped), caption
+                    return sample, self.content(sample, shown), shown.caption
                 except BadImage as error:
                     self._damaged[sample] = str(error)
             damaged[sample] = self._damaged[sample]
@@ -129,24 +153,24 @@ class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
 
 
 class ImageReader(BatchReader[np.ndarray]):
-    """Batches with `image` uint8 (B, 3, R, R), decoded; kept decoded where the whole split fits `cache_bytes`."""
+    """Batches with `image` uint8 (B, 3, H, W), decoded; kept decoded where the whole split fits `cache_bytes`."""
 
-    def __init__(self, selection: Selection, resolution: int, decode: Decode, view: View, cache_bytes: int) -> None:
-        super().__init__(selection, view)
-        self.resolution = resolution
+    def __init__(self, selection: Selection, buckets: Buckets, decode: Decode, view: View, cache_bytes: int) -> None:
+        super().__init__(selection, buckets, view)
         self.decode: Decode = decode
         # Only a dataset that fits as a whole is worth keeping: part of it would be seldom hit.
-        self._keep = len(selection) * 3 * resolution**2 <= cache_bytes
+        self._keep = 3 * buckets.num_pixels() <= cache_bytes and not view.cropped
         self._decoded: dict[int, np.ndarray] = {}
 
-    def content(self, sample: int, flipped: bool) -> np.ndarray:
+    def content(self, sample: int, shown: Shown) -> np.ndarray:
         image = self._decoded.get(sample)
         if image is None:
             data = self.selection.index.image(self.selection.row(sample))
-            image = decode_image(data, self.resolution, self.decode, self.selection.policy.limits)
+            limits = self.selection.policy.limits
+            image = decode_image(data, self.buckets.shape(sample), self.decode, limits, shown.place)
             if self._keep:
                 self._decoded[sample] = image
-        return image[:, :, ::-1] if flipped else image
+        return image[:, :, ::-1] if shown.flipped else image
 
     def collate(self, contents: list[np.ndarray], captions: list[str]) -> dict[str, Tensor]:
         return {"image": torch.from_numpy(np.stack(contents))}

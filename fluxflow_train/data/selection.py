@@ -81,6 +81,10 @@ class Selection:
         """Hash of the index and of which samples were selected from it."""
         return hashlib.sha256(self.index.fingerprint.encode() + self._rows.astype("<i8").tobytes()).hexdigest()
 
+    def column(self, name: str) -> np.ndarray:
+        """A column of the index, of the selected samples: int64 (M,)."""
+        return self.index.column(name)[self._rows]
+
     def row(self, sample: int) -> int:
         """The number in the index of selected sample `sample`."""
         return int(self._rows[sample])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fluxflow_train.data.buckets import Buckets
 from fluxflow_train.data.index import Index
 from fluxflow_train.data.loader import EvalLoader
 from fluxflow_train.data.reader import ImageReader, PlainView
@@ -105,7 +106,8 @@ class Images:
         Raises:
             UserError: an image is damaged.
         """
-        reader = ImageReader(self.selection, self.resolution, "exact", PlainView(), cache_bytes=0)
+        buckets = Buckets.square(self.resolution, len(self.selection))
+        reader = ImageReader(self.selection, buckets, "exact", PlainView(), cache_bytes=0)
         requests = [[(0, self.samples[number]) for number in chunk] for chunk in chunks]
         for batch in EvalLoader(reader, requests, self.num_workers):
             yield batch["image"]

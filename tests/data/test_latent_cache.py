@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fluxflow_train.data.buckets import Buckets
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.data.latent_cache import SAMPLES_PER_SHARD, LatentCache, latent_folder
 from fluxflow_train.data.latent_writer import BATCH, write_latents
-from fluxflow_train.data.lock import alone
+from fluxflow_train.data.lock import held
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.sources.shapes import Shapes
 from fluxflow_train.data.sources.shards import Shards
@@ -57,11 +59,13 @@ def of_tar(make_tar: Callable[..., Path], cache: Path) -> Callable[..., Selectio
 
 def write(folder: Path, selection: Selection, posterior: Any = pooled, **options: Any) -> None:
     arguments = {"vae_sha256": VAE_SHA256, "device": "cpu", "num_workers": 0, "tolerant": False}
-    write_latents(folder, selection, 16, posterior, **arguments | options)
+    buckets = Buckets.square(16, len(selection))
+    write_latents(folder, selection, buckets, posterior, **arguments | options)
 
 
 def read(folder: Path, selection: Selection, cache_bytes: int = MAPPED, **options: Any) -> LatentCache:
-    arguments = {"vae_sha256": VAE_SHA256, "fingerprint": selection.fingerprint, "resolution": 16}
+    buckets = Buckets.square(16, len(selection)).fingerprint
+    arguments = {"vae_sha256": VAE_SHA256, "fingerprint": selection.fingerprint, "buckets": buckets}
     return LatentCache.open(folder, **arguments | options, cache_bytes=cache_bytes)
 
 
@@ -128,13 +132,13 @@ class TestValues:
         assert shard["sha256"] == hashlib.sha256((written / shard["name"]).read_bytes()).hexdigest()
         assert shard["samples"] == 40
         assert manifest == {
-            "version": 1,
+            "version": 2,
             "vae_sha256": VAE_SHA256,
             "fingerprint": images.selection("tune").fingerprint,
-            "resolution": 16,
+            "buckets": Buckets.square(16, 40).fingerprint,
             "decode": "exact",
             "count": 40,
-            "shape": [4, 4, 4],
+            "shapes": [[16, 16]],
             "dtype": "float16",
             "views": ["plain", "flipped"],
             "source": {"source": "shapes", "licence": "MIT, as the program that drew them"},
@@ -156,7 +160,11 @@ class TestInterruption:
 
         with pytest.raises(KeyboardInterrupt):
             write(broken, selection, dies)
-        assert sorted(path.name for path in broken.iterdir()) == [".lock", "latents-00000.safetensors"]
+        assert sorted(path.name for path in broken.iterdir()) == [
+            ".latents-00000.lock",
+            ".latents-00001.lock",
+            "latents-00000.safetensors",
+        ]
         with pytest.raises(UserError, match="holds no finished latents: prepare them first"):
             read(broken, selection)
         first = (broken / "latents-00000.safetensors").stat().st_mtime_ns
@@ -195,15 +203,35 @@ class TestInterruption:
         expected = pooled(dequantize(images.images("tune", [0])))[0][0]
         torch.testing.assert_close(read(tmp_path, selection).read(0, False).mean, expected, rtol=1e-3, atol=1e-4)
 
-    def test_one_process_works_and_the_others_wait(self, images, tmp_path, caplog):
-        writer = threading.Thread(target=write, args=(tmp_path, images.selection("tune")))
-        with caplog.at_level(logging.WARNING), alone(tmp_path):
+    def test_what_another_process_has_is_waited_for(self, images, tmp_path, caplog):
+        writer = threading.Thread(target=write, args=(tmp_path, images.selection("train")))
+        with caplog.at_level(logging.WARNING), held(tmp_path / ".latents-00000.lock", "testing"):
             writer.start()
+            while not (tmp_path / "latents-00001.safetensors").exists():  # the other shard is made meanwhile
+                time.sleep(0.05)
             writer.join(0.3)
             assert not (tmp_path / "manifest.json").exists()
         writer.join()
         assert (tmp_path / "manifest.json").exists()
-        assert caplog.messages == [f"waiting for the process that is preparing {tmp_path}"]
+        assert caplog.messages == ["waiting for the process that is encoding latents-00000.safetensors"]
+
+    def test_several_processes_share_the_shards(self, images, tmp_path):
+        selection, calls = images.selection("train"), []
+
+        def counts(x: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(len(x))
+            time.sleep(0.002)
+            return pooled(x)
+
+        writers = [threading.Thread(target=write, args=(tmp_path / "many", selection, counts)) for _ in range(3)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert len(calls) == 2 * (SAMPLES_PER_SHARD // BATCH + 3)
+        write(tmp_path / "one", selection)
+        for path in (tmp_path / "one").glob("*.*"):
+            assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes()
 
 
 class TestRefusal:
@@ -217,7 +245,7 @@ class TestRefusal:
         [
             ({"vae_sha256": "cd" * 32}, f"latents are of another VAE .vae_sha256 is {VAE_SHA256}, expected cdcd"),
             ({"fingerprint": "0123"}, "latents are of other images .fingerprint is [0-9a-f]{64}, expected 0123"),
-            ({"resolution": 32}, "latents are of another resolution .resolution is 16, expected 32"),
+            ({"buckets": "0123"}, "latents are of other shapes .buckets is [0-9a-f]{64}, expected 0123"),
         ],
     )
     def test_latents_of_something_else(self, images, folder, change, text):
@@ -231,7 +259,7 @@ class TestRefusal:
 
     def test_another_format(self, images, folder):
         path = folder / "manifest.json"
-        path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+        path.write_text(path.read_text().replace('"version": 2', '"version": 0'))
         with pytest.raises(UserError, match="written in another format"):
             read(folder, images.selection("tune"))
 
@@ -316,11 +344,10 @@ def test_folders_of_different_content_differ(tmp_path):
     names = {
         latent_folder(tmp_path, *arguments)
         for arguments in (
-            ("ab", 16, ["x", "y"]),
-            ("ac", 16, ["x", "y"]),
-            ("ab", 32, ["x", "y"]),
-            ("ab", 16, ["x", "z"]),
+            ("ab", ["x", "y"]),
+            ("ac", ["x", "y"]),
+            ("ab", ["x", "z"]),
         )
     }
-    assert len(names) == 4
+    assert len(names) == 3
     assert all(path.parent == tmp_path and path.name.startswith("latents-") for path in names)
