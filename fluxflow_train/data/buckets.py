@@ -137,7 +137,7 @@ def _merged(shapes: Sequence[Shape], counts: np.ndarray, least: float) -> tuple[
         goes_to[goes_to == rare] = to
         counts[to] += counts[rare]
     places = {k: place for place, k in enumerate(kept)}
-    return kept, np.array([places.get(k, 0) for k in goes_to])
+    return kept, np.array([places.get(k, 0) for k in goes_to.tolist()])
 
 
 def _distance(one: Shape, other: Shape) -> float:

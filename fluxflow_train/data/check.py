@@ -60,7 +60,7 @@ def check_shard(path: str, limits: ImageLimits) -> ShardReport:
 
 def _decoding_problem(data: bytes, limits: ImageLimits) -> str:
     try:
-        decode_image(data, _RESOLUTION, "exact", limits)
+        decode_image(data, (_RESOLUTION, _RESOLUTION), "exact", limits)
     except BadImage as error:
         return str(error)
     return ""

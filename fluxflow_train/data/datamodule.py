@@ -13,14 +13,16 @@ from rich.table import Table
 from torch import Tensor
 
 from fluxflow_train.data.buckets import BucketRule, Buckets
+from fluxflow_train.data.captions import FIELDS
+from fluxflow_train.data.download import Patience
 from fluxflow_train.data.images import Decode, ImageLimits
-from fluxflow_train.data.index import Index, open_table
+from fluxflow_train.data.index import Index, open_tables
 from fluxflow_train.data.line import Line, Part
 from fluxflow_train.data.loader import EvalLoader, TrainLoader, checked
-from fluxflow_train.data.progress import progress
 from fluxflow_train.data.reader import BatchReader, ImageReader, PlainView, RandomView, View
 from fluxflow_train.data.sampler import GlobalOrder, eval_batches
 from fluxflow_train.data.selection import MissingCaption, Policy, Selection
+from fluxflow_train.data.shard_cache import ShardCache
 from fluxflow_train.data.sources import SPLITS, Source, Split
 from fluxflow_train.data.sources.mixture import Mixture
 from fluxflow_train.errors import UserError
@@ -36,7 +38,8 @@ class ImageData(LightningDataModule):
     Evaluation sees squares of `resolution` pixels; so does training, unless `resolutions` or `bucket_aspect` ask for
     batches of several shapes (`BucketRule`). `batch_size` is the global one: the processes share each batch.
     `cache_bytes` bounds, per process, the decoded images that are kept where a whole split fits. `cache_dir` takes
-    indices of shards whose own folder is read-only.
+    indices of shards whose own folder is read-only, and copies of remote shards, `remote_cache_bytes` at the most.
+    `caption_fields` are where captions stand in JSON members (`parse_captions`).
     """
 
     def __init__(
@@ -60,8 +63,12 @@ class ImageData(LightningDataModule):
         max_pixels: int = 64_000_000,
         min_side: int = 1,
         max_aspect: float = 20.0,
+        caption_fields: Sequence[str] = FIELDS,
         cache_dir: str = "~/.cache/fluxflow_train",
         cache_bytes: int = 2**30,
+        remote_cache_bytes: int = 20 * 2**30,
+        remote_deadline: float = 300.0,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         at_least_1 = {
@@ -92,6 +99,9 @@ class ImageData(LightningDataModule):
         self.policy = Policy(ImageLimits(max_pixels, min_side, max_aspect), missing_caption, max_bad_fraction)
         self.training_view = RandomView(seed, flip_prob, cropped=crop == "random")
         self._cache_dir = Path(cache_dir).expanduser()
+        self._caption_fields = tuple(caption_fields)
+        patience = Patience(remote_deadline)
+        self._remote = ShardCache(self._cache_dir / "remote", remote_cache_bytes, patience, allow_pipe)
         self.cache_bytes = cache_bytes
         self._selections: dict[Split, Selection] = {}
         self._train_buckets: Buckets | None = None
@@ -102,11 +112,11 @@ class ImageData(LightningDataModule):
         if self._prepared:
             return
         self.source.prepare()
-        shards = dict.fromkeys(path for split in SPLITS for path in self.source.shards(split))
-        for path in progress(shards, "Indexing shards", len(shards)):
-            open_table(path, self._cache_dir)
+        shards = [path for split in SPLITS for path in self.source.shards(split)]
+        open_tables(shards, self._cache_dir, self._caption_fields, self._remote)
         for split in SPLITS:
             _report(split, self.selection(split))
+        self._check_remote_space()
         for table in (self._mix_table(), self._bucket_table()):
             if table is not None:
                 Console(stderr=True).print(table)
@@ -115,7 +125,7 @@ class ImageData(LightningDataModule):
     def selection(self, split: Split) -> Selection:
         """The usable samples of `split`; opened once."""
         if split not in self._selections:
-            index = Index(self.source.shards(split), self._cache_dir)
+            index = Index(self.source.shards(split), self._cache_dir, self._caption_fields, self._remote)
             self._selections[split] = Selection(index, self.policy)
         return self._selections[split]
 
@@ -192,6 +202,17 @@ class ImageData(LightningDataModule):
             parts.append((name, part))
             first += num_shards
         return parts
+
+    def _check_remote_space(self) -> None:
+        """Raises UserError where the copies of remote shards would push each other out all the time."""
+        remote = self.selection("train").index.remote_bytes
+        at_once = (self.window_shards + 1) * len(self._parts())
+        need, have = sum(sorted(remote)[-at_once:]), self._remote.max_bytes
+        if need > have:
+            raise UserError(
+                f"data.window_shards={self.window_shards} remote shards at once are up to {need:,} bytes, more than"
+                f" data.remote_cache_bytes={have:,}: raise the one or lower the other"
+            )
 
     def _mix_table(self) -> Table | None:
         """What each dataset of a mixture gives; None where there is only one."""

@@ -45,7 +45,8 @@ class Shown(NamedTuple):
 class View(Protocol):
     """Decides how a sample is shown; `cropped`: whether images are shown elsewhere than at their centre."""
 
-    cropped: bool
+    @property
+    def cropped(self) -> bool: ...
 
     def __call__(self, captions: list[str], epoch: int, sample: int) -> Shown: ...
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from fluxflow_train.errors import UserError
 
-VERSION = 1
+VERSION = 2
 COLUMNS = (
     "image_offset",
     "image_size",
@@ -28,7 +29,7 @@ COLUMNS = (
     "problem",  # position in PROBLEMS
     "key_end",  # end of the key in the key bytes
 )
-PROBLEMS = ("", "no image", "empty image", "not an image", "too many pixels")
+PROBLEMS = ("", "no image", "empty image", "not an image", "too many pixels", "image file too large")
 
 _MAGIC = b"fluxflow shard index\n"
 
@@ -55,6 +56,10 @@ class ShardTable:
         """Whether the tar that `status` describes is the one that this table was built from."""
         return (self.header["tar_bytes"], self.header["tar_mtime_ns"]) == (status.st_size, status.st_mtime_ns)
 
+    def has_fields(self, fields: Sequence[str]) -> bool:
+        """Whether captions were looked for in those fields."""
+        return self.header["caption_fields"] == list(fields)
+
     def key(self, row: int) -> str:
         """The key of sample `row`."""
         ends = self.column("key_end")
@@ -63,10 +68,14 @@ class ShardTable:
 
 
 def candidates(tar: str, cache: Path) -> list[Path]:
-    """Where the index of `tar` may lie: next to it, else (a read-only folder) in `cache` under its path's hash."""
+    """Where the index of the local `tar` may lie: next to it, else (a read-only folder) in `cache`."""
     path = Path(tar)
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    return [path.with_name(path.name + ".index"), cache / f"{path.stem}-{digest}.index"]
+    return [path.with_name(path.name + ".index"), in_cache(str(path.absolute()), path.stem, cache)]
+
+
+def in_cache(place: str, name: str, cache: Path) -> Path:
+    """In `cache` under the hash of the shard's full path or address."""
+    return cache / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.index"
 
 
 def load(path: Path) -> ShardTable | None:

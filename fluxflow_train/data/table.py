@@ -4,19 +4,23 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fluxflow_train.data import sidecar
-from fluxflow_train.data.captions import parse_captions
+from fluxflow_train.data.captions import FIELDS, MAX_BYTES, parse_captions
 from fluxflow_train.data.images import EXTENSIONS, BadImage, image_size
 from fluxflow_train.data.sidecar import PROBLEMS, ShardTable
 from fluxflow_train.data.tar import Member, read_members
 from fluxflow_train.errors import UserError
 
 CAPTION_EXTENSIONS = ("txt", "json")
+
+MAX_IMAGE_BYTES = 256 << 20  # of an image file: more is not read into memory
 
 _HEAD_BYTES = 65_536  # enough to find the size of almost every image
 _DOTTED_KEYS_NAMED = 5
@@ -28,8 +32,10 @@ class _Sample:
     members: dict[str, Member] = field(default_factory=dict)  # by lower-case extension
 
 
-def build_table(path: str) -> ShardTable:
+def build_table(path: str, fields: Sequence[str] = FIELDS, shard: str = "", sha256: str = "") -> ShardTable:
     """Read the shard at `path` strictly: its tar table, the header of every image, every caption.
+
+    `fields` of JSON members hold the captions. Of a copy, `shard` is the name of the original and `sha256` its content.
 
     Raises:
         UserError: the tar is damaged, a name or key comes twice, or the members of a sample don't lie together.
@@ -43,19 +49,24 @@ def build_table(path: str) -> ShardTable:
     rows = []
     with open(path, "rb") as file:
         for sample in samples:
-            row = _image_row(file.fileno(), sample, counts) | _caption_row(file.fileno(), sample, counts)
+            row = _image_row(file.fileno(), sample, counts) | _caption_row(file.fileno(), sample, counts, fields)
             rows.append([row.get(name, 0) for name in sidecar.COLUMNS])
     columns = np.ascontiguousarray(np.array(rows, np.int64).T)
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in samples]
     columns[sidecar.COLUMNS.index("key_end")] = np.cumsum([len(key) for key in keys])
     listing = [[member.name, member.offset, member.size] for member in members]
+    identity: list[Any] = [shard or Path(path).name, status.st_size, listing]
+    if tuple(fields) != FIELDS:
+        identity.append(list(fields))
     header = {
         "version": sidecar.VERSION,
         "count": len(samples),
         "key_bytes": sum(len(key) for key in keys),
         "tar_bytes": status.st_size,
         "tar_mtime_ns": status.st_mtime_ns,
-        "fingerprint": hashlib.sha256(json.dumps([Path(path).name, status.st_size, listing]).encode()).hexdigest(),
+        "sha256": sha256,
+        "caption_fields": list(fields),
+        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "dotted_keys": dotted[:_DOTTED_KEYS_NAMED],
         "dotted_keys_count": len(dotted),
         "counts": dict(counts),
@@ -122,6 +133,8 @@ def _image_row(descriptor: int, sample: _Sample, counts: Counter[str]) -> dict[s
         counts["several images in a sample, first format used"] += 1
     image = present[0]
     row = {"image_offset": image.offset, "image_size": image.size}
+    if image.size > MAX_IMAGE_BYTES:
+        return row | {"problem": PROBLEMS.index("image file too large")}
     try:
         width, height = _image_size(descriptor, image)
     except BadImage as error:
@@ -138,13 +151,14 @@ def _image_size(descriptor: int, image: Member) -> tuple[int, int]:
     return image_size(os.pread(descriptor, image.size, image.offset))
 
 
-def _caption_row(descriptor: int, sample: _Sample, counts: Counter[str]) -> dict[str, int]:
+def _caption_row(descriptor: int, sample: _Sample, counts: Counter[str], fields: Sequence[str]) -> dict[str, int]:
     for extension in CAPTION_EXTENSIONS:
         if extension not in sample.members:
             continue
         member = sample.members[extension]
-        captions, replaced = parse_captions(os.pread(descriptor, member.size, member.offset), extension)
-        counts["caption bytes that are not UTF-8, replaced"] += replaced
+        data = os.pread(descriptor, min(member.size, MAX_BYTES + 1), member.offset)
+        captions, noted = parse_captions(data, extension, fields)
+        counts.update(noted)
         if captions:
             return {
                 "caption_offset": member.offset,

@@ -38,10 +38,6 @@ def read_members(path: str) -> list[Member]:
 
 def check_local(path: str) -> None:
     """Raises UserError unless `path` names a file of this machine."""
-    if path.startswith("pipe:"):
-        raise UserError(f"{path!r} would run a shell command, which is refused: write its output to a file first")
-    if "://" in path:
-        raise UserError(f"{path} is not a local file: download the shard first, remote shards are not read")
     if not os.path.isfile(path):
         raise UserError(f"shard {path} does not exist or is not a file: check the paths in data")
 
@@ -51,7 +47,7 @@ def _check_kind(path: str, file: BinaryIO) -> None:
     if not head:
         raise UserError(f"shard {path} is empty (0 bytes): copy or download it again")
     if head.startswith(b"\x1f\x8b"):
-        raise UserError(f"shard {path} is gzip-compressed: unpack it first (gunzip), images don't shrink anyway")
+        raise UserError(f"shard {path} is gzip-compressed: unpack it (gunzip), or let its name end in .gz")
     if head.lstrip().startswith(b"<"):
         raise UserError(f"shard {path} is a web page, not a tar: its download failed, repeat it")
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fluxflow_train.data.captions import choose, parse_captions
+from fluxflow_train.data.captions import MAX_BYTES, MAX_CHARACTERS, choose, parse_captions
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,14 @@ from fluxflow_train.data.captions import choose, parse_captions
     ],
 )
 def test_txt(data, expected):
-    assert parse_captions(data, "txt") == (expected, False)
+    assert parse_captions(data, "txt") == (expected, {})
 
 
 def test_bytes_that_are_not_utf8_are_replaced_and_reported():
-    assert parse_captions("à la".encode("latin-1"), "txt") == (["� la"], True)
+    assert parse_captions("à la".encode("latin-1"), "txt") == (
+        ["� la"],
+        {"caption bytes that are not UTF-8, replaced": 1},
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_json(record, expected):
 def test_json_with_a_lone_surrogate():
     (caption,), _ = parse_captions(b'{"caption": "a \\ud83d dog"}', "json")
     caption.encode("utf-8")
-    assert caption == "a  dog"
+    assert caption == "a dog"
 
 
 @pytest.mark.parametrize("data", [b"{not json", b"", b"[" * 100_000])
@@ -60,3 +63,35 @@ def test_choose_is_even():
     chosen = [choose(["a", "b", "c"], draws) for _ in range(3000)]
     for caption in "abc":
         assert abs(chosen.count(caption) - 1000) < 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (["meta.text"], ["deep"]),
+        (["annotations.*.caption"], ["one", "two"]),
+        (["annotations.1.caption"], ["two"]),
+        (["annotations.7.caption", "nothing", "meta.all"], ["x", "y"]),
+        (["*.text"], ["deep"]),
+        (["annotations.x", "meta.text.0"], []),
+    ],
+)
+def test_paths(fields, expected):
+    record = {"meta": {"text": "deep", "all": ["x", "y"]}, "annotations": [{"caption": "one"}, {"caption": "two"}]}
+    assert parse_captions(json.dumps(record).encode(), "json", fields)[0] == expected
+
+
+def test_cleaning():
+    assert parse_captions(b" a&amp;b\x07 <i>c</i>\n\td\xc2\xa0e ", "txt")[0] == ["a&b <i>c</i> d e"]
+
+
+def test_long_ones_are_cut_and_counted():
+    (caption,), noted = parse_captions(b"word " * 20_000, "txt")
+    assert len(caption) == MAX_CHARACTERS
+    assert noted == {"captions over 4096 characters, cut": 1}
+    assert parse_captions(b"x" * (MAX_BYTES + 1), "txt") == ([], {"caption files over 1 MiB, ignored": 1})
+
+
+def test_broken_json_is_counted():
+    assert parse_captions(b"{", "json")[1] == {"broken JSON, taken as no caption": 1}
+    assert parse_captions(b'{"caption": ' + b"9" * 5000 + b"}", "json")[0] == []
