@@ -1,15 +1,21 @@
-"""Look at every byte of a shard that training would read: the strict table, then every image decoded."""
+"""Look at every byte of a shard that training would read: the strict table, then every image decoded; or mend it."""
 
+import hashlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from fluxflow_train.data.images import BadImage, ImageLimits, decode_image
+from fluxflow_train.data.salvage import salvaged
 from fluxflow_train.data.sidecar import PROBLEMS
 from fluxflow_train.data.table import build_table
+from fluxflow_train.data.writer import MANIFEST, write_shard
 from fluxflow_train.errors import UserError
 
-_RESOLUTION = 64  # of the trial decoding; damage shows at any
+_RESOLUTION = (64, 64)  # of the trial decoding; damage shows at any
 
 
 @dataclass
@@ -17,7 +23,8 @@ class ShardReport:
     """What was found in one shard.
 
     `error`: why nothing of it can be read; `damaged`: images by cause, with the `first` key of each;
-    `noted`: what training copes with.
+    `noted`: what training copes with. After a repair `written` is the manifest's row of the clean shard and `dropped`
+    what could not be kept, by cause.
     """
 
     path: str
@@ -26,6 +33,8 @@ class ShardReport:
     damaged: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     noted: Counter[str] = field(default_factory=Counter)
+    written: dict[str, Any] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
 
     @property
     def sound(self) -> bool:
@@ -34,13 +43,16 @@ class ShardReport:
 
 
 def check_shard(path: str, limits: ImageLimits) -> ShardReport:
-    """Check the tar at `path`; writes nothing."""
+    """Check the tar at `path`, also against a manifest beside it; writes nothing."""
     report = ShardReport(path)
     try:
         table = build_table(path)
     except UserError as error:
         report.error = str(error)
         return report
+    expected = _published(Path(path))
+    if expected is not None and _digest(Path(path)) != expected:
+        report.error = f"shard {path} is not the file that the {MANIFEST} beside it names (sha256)"
     report.samples = len(table)
     report.noted.update(table.header["counts"])
     report.noted["no caption"] = int((table.column("num_captions") == 0).sum())
@@ -58,9 +70,49 @@ def check_shard(path: str, limits: ImageLimits) -> ShardReport:
     return report
 
 
+def repair_shard(path: str, folder: Path, limits: ImageLimits) -> ShardReport:
+    """Check the tar at `path` and write what is whole of it under the same name into `folder`, then read it strictly.
+
+    Where nothing of it can be saved, nothing is written and `dropped` says so.
+    """
+    report = check_shard(path, limits)
+    target = folder / Path(path).name
+    part = folder / f".{target.name}.part"
+    try:
+        write_shard(part, salvaged(path, limits, report.dropped))
+        count = len(build_table(str(part)))
+        row = {"name": target.name, "samples": count, "bytes": part.stat().st_size, "sha256": _digest(part)}
+        os.link(part, target)  # unlike a rename it never replaces a file
+        report.written = row
+    except FileExistsError as error:
+        raise UserError(f"{target} is there already: give an empty folder") from error
+    except UserError as error:
+        report.dropped[str(error)] += 1
+    finally:
+        part.unlink(missing_ok=True)
+    report.dropped = +report.dropped
+    return report
+
+
+def _published(path: Path) -> str | None:
+    try:
+        rows = json.loads((path.parent / MANIFEST).read_bytes())["shards"]
+        return {row["name"]: row["sha256"] for row in rows}.get(path.name)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+        return None
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
 def _decoding_problem(data: bytes, limits: ImageLimits) -> str:
     try:
-        decode_image(data, (_RESOLUTION, _RESOLUTION), "exact", limits)
+        decode_image(data, _RESOLUTION, "exact", limits)
     except BadImage as error:
         return str(error)
     return ""

@@ -3,7 +3,11 @@
 import errno
 import http.client
 import logging
+import os
+import selectors
+import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -179,39 +183,40 @@ def _run(url: str, target: Path, room: Room, patience: Patience, allow_pipe: boo
             f"{shown(url)} would run a shell command, which is refused: set data.allow_pipe=true if you trust"
             " whoever wrote it"
         )
-    last, command = time.monotonic(), ["timeout", f"{7 * 86400}", "sh", "-c", url.removeprefix("pipe:")]
-    with target.open("wb") as file, target.with_suffix(".err").open("w+b") as errors:
-        try:
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process:
-                assert process.stdout is not None
-                import selectors
-
-                with selectors.DefaultSelector() as waiting:
-                    waiting.register(process.stdout, selectors.EVENT_READ)
-                    while True:
-                        try:
-                            preemption.check()
-                            ready = waiting.select(timeout=0.2)
-                            chunk = process.stdout.read1(CHUNK) if ready else None  # type: ignore[attr-defined]
-                            if chunk == b"":
-                                break
-                            if chunk:
-                                room(len(chunk))
-                                _write(file, chunk, target)
-                                last = time.monotonic()
-                            elif time.monotonic() - last > patience.deadline:
-                                raise UserError(f"can't read {shown(url)}: no output for {patience.deadline:g} s")
-                        except BaseException:
-                            process.kill()
-                            raise
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
-        finally:
-            Path(errors.name).unlink(missing_ok=True)
-    if process.returncode:
-        raise UserError(
-            f"can't read {shown(url)}: the command ended with {process.returncode}" + (f": {said[-1]}" if said else "")
+    command, last, said = url.removeprefix("pipe:"), time.monotonic(), b""
+    with target.open("wb") as file, tempfile.TemporaryFile() as errors:
+        pipe = subprocess.Popen(
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            bufsize=0,
+            start_new_session=True,  # so that what the shell started ends with it
         )
+        with pipe, selectors.DefaultSelector() as waiting:
+            assert pipe.stdout is not None
+            waiting.register(pipe.stdout, selectors.EVENT_READ)
+            try:
+                while True:
+                    preemption.check()
+                    if waiting.select(timeout=0.2):
+                        chunk = pipe.stdout.read(CHUNK)
+                        if not chunk:
+                            break
+                        room(len(chunk))
+                        _write(file, chunk, target)
+                        last = time.monotonic()
+                    elif time.monotonic() - last > patience.deadline:
+                        raise UserError(f"can't read {shown(url)}: no output for {patience.deadline:g} s")
+            except BaseException:
+                os.killpg(pipe.pid, signal.SIGKILL)
+                raise
+        errors.seek(0)
+        said = errors.read().strip()
+    if pipe.returncode:
+        last_line = said.decode(errors="replace").splitlines()[-1:]
+        raise UserError(": ".join([f"can't read {shown(url)}: the command ended with {pipe.returncode}", *last_line]))
 
 
 def _write(file: IO[bytes], chunk: bytes, target: Path) -> None:

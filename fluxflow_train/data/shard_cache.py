@@ -83,10 +83,9 @@ class ShardCache:
         return found.hexdigest()
 
     def _fetch(self, shard: str, part: Path, sha256: str | None) -> None:
-        published = self._published(shard)
         for last in (False, True):
             download(shard, part, self._room, self.patience, self.allow_pipe)
-            found = self.digest(part)
+            found, published = self.digest(part), self._published(shard)
             if published in (None, found):
                 break
             if last:

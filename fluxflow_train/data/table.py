@@ -27,9 +27,16 @@ _DOTTED_KEYS_NAMED = 5
 
 
 @dataclass
-class _Sample:
+class Members:
+    """What makes one sample: its members by lower-case extension."""
+
     key: str
-    members: dict[str, Member] = field(default_factory=dict)  # by lower-case extension
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the image that is used."""
+        return next((extension for extension in EXTENSIONS if extension in self.members), None)
 
 
 def build_table(path: str, fields: Sequence[str] = FIELDS, shard: str = "", sha256: str = "") -> ShardTable:
@@ -42,7 +49,7 @@ def build_table(path: str, fields: Sequence[str] = FIELDS, shard: str = "", sha2
     """
     members = read_members(path)
     status = os.stat(path)
-    samples, dotted = _samples(path, members)
+    samples, dotted = samples_of(path, members)
     if not samples:
         raise UserError(f"shard {path} holds no samples: expected files like 000.jpg and 000.txt")
     counts: Counter[str] = Counter()
@@ -74,19 +81,19 @@ def build_table(path: str, fields: Sequence[str] = FIELDS, shard: str = "", sha2
     return ShardTable(header, columns, np.frombuffer(b"".join(keys), np.uint8))
 
 
-def _samples(path: str, members: list[Member]) -> tuple[list[_Sample], list[str]]:
+def samples_of(path: str, members: list[Member]) -> tuple[list[Members], list[str]]:
     """The samples in order, and the keys that hold dots.
 
     WebDataset's rule is that the extension starts at the first dot of the file name. Where that leaves a run of
     members without an image, the dots belong to the keys (img.v1.2.jpg) and the last dot counts.
     """
-    samples: list[_Sample] = []
+    samples: list[Members] = []
     dotted: list[str] = []
     seen: set[str] = set()
     for run in _runs(members):
         extensions = {extension for _, extension, _ in run}
         in_key = not extensions & set(EXTENSIONS) and any(e.rpartition(".")[2] in EXTENSIONS for e in extensions)
-        here: list[_Sample] = []
+        here: list[Members] = []
         for key, extension, member in run:
             if in_key:
                 stem, _, extension = extension.rpartition(".")
@@ -98,7 +105,7 @@ def _samples(path: str, members: list[Member]) -> tuple[list[_Sample], list[str]
                         " the members of a sample must lie together, write the shard again sorted by name"
                     )
                 seen.add(key)
-                here.append(_Sample(key))
+                here.append(Members(key))
             if extension in here[-1].members:
                 raise UserError(
                     f"shard {path}, offset {member.header}: {member.name} is there twice; write the shard again"
@@ -125,7 +132,7 @@ def _runs(members: list[Member]) -> list[list[tuple[str, str, Member]]]:
     return runs
 
 
-def _image_row(descriptor: int, sample: _Sample, counts: Counter[str]) -> dict[str, int]:
+def _image_row(descriptor: int, sample: Members, counts: Counter[str]) -> dict[str, int]:
     present = [sample.members[extension] for extension in EXTENSIONS if extension in sample.members]
     if not present:
         return {"problem": PROBLEMS.index("no image")}
@@ -151,7 +158,7 @@ def _image_size(descriptor: int, image: Member) -> tuple[int, int]:
     return image_size(os.pread(descriptor, image.size, image.offset))
 
 
-def _caption_row(descriptor: int, sample: _Sample, counts: Counter[str], fields: Sequence[str]) -> dict[str, int]:
+def _caption_row(descriptor: int, sample: Members, counts: Counter[str], fields: Sequence[str]) -> dict[str, int]:
     for extension in CAPTION_EXTENSIONS:
         if extension not in sample.members:
             continue

@@ -9,6 +9,8 @@ from typing import BinaryIO
 from fluxflow_train.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
+# What tarfile raises at headers that make no sense: not all of it is its own.
+UNREADABLE = (tarfile.TarError, ValueError, OverflowError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,20 @@ def _members(path: str, file: BinaryIO) -> Iterator[Member]:
     file.seek(0)
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=2)
-    except tarfile.TarError as error:
+    except UNREADABLE as error:
         raise UserError(f"shard {path} is not a tar (damaged header at offset 0): {error}; copy it again") from error
     while True:
         offset = tar.offset
         try:
             info = tar.next()
-        except tarfile.TarError as error:
-            raise _damaged(path, offset, "the file is cut short") from error
+        except tarfile.ReadError as error:
+            raise _damaged(path, offset, "the file is cut short or a header damaged") from error
+        except UNREADABLE as error:
+            raise _damaged(path, offset, "damaged header") from error
         if info is None:
             break
+        if info.size < 0:
+            raise _damaged(path, info.offset, "damaged header")
         if info.offset_data + info.size > size:
             raise _damaged(path, info.offset, f"{info.name} is cut short")
         if info.isdir():

@@ -218,11 +218,6 @@ class TestDamagedTar:
     def test_no_samples(self, make_tar):
         self.refused(make_tar([]), "holds no samples")
 
-    @pytest.mark.parametrize("url", ["https://host/a.tar", "s3://bucket/a.tar", "pipe:curl host"])
-    def test_remote(self, url, cache):
-        with pytest.raises(UserError, match=r"download|refused"):
-            open_table(url, cache)
-
 
 class TestSamples:
     """Samples that are incomplete or oddly named: counted, warned of, never merged or lost without a word."""

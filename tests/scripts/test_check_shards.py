@@ -83,7 +83,7 @@ def test_unreadable_shards(tmp_path, main, capsys):
 
 
 def test_pattern_that_is_none(main, capsys):
-    assert main(["a-{0..3.tar"]) == 1
+    assert main(["a-{0..3.tar"]) == 2
     assert "a brace has no partner" in capsys.readouterr().err
 
 
