@@ -91,13 +91,14 @@ def samples_of(path: str, members: list[Member]) -> tuple[list[Members], list[st
     dotted: list[str] = []
     seen: set[str] = set()
     for run in _runs(members):
-        extensions = {extension for _, extension, _ in run}
+        extensions = {extension.lower() for _, extension, _ in run}
         in_key = not extensions & set(EXTENSIONS) and any(e.rpartition(".")[2] in EXTENSIONS for e in extensions)
         here: list[Members] = []
         for key, extension, member in run:
             if in_key:
                 stem, _, extension = extension.rpartition(".")
                 key = f"{key}.{stem}" if stem else key
+            extension = extension.lower()
             if not here or here[-1].key != key:
                 if key in seen:
                     raise UserError(
@@ -128,7 +129,7 @@ def _runs(members: list[Member]) -> list[list[tuple[str, str, Member]]]:
         key = folder + slash + stem
         if not runs or runs[-1][-1][0] != key:
             runs.append([])
-        runs[-1].append((key, extension.lower(), member))
+        runs[-1].append((key, extension, member))
     return runs
 
 
