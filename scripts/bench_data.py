@@ -136,6 +136,8 @@ def psnr(images: list[bytes], decode: Decode) -> float:
 def wait_share(images: int) -> float:
     """Of a default run's training, without its first batch, which starts the worker."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
 
     from fluxflow_train import ranks
     from fluxflow_train.cli import config_folder
@@ -158,7 +160,11 @@ def wait_share(images: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(config_folder()), version_base=None):
         overrides = ["+experiment=vae_bezier", "data.num_workers=1", f"budget.images={images}", f"run={folder}/run"]
-        cfg = compose("train", [*overrides, f"scale.validate_every={10 * images}"])
+        overrides += [f"scale.validate_every={10 * images}"]
+        cfg = compose("train", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)  # as its command has it
+        with open_dict(cfg):
+            del cfg["hydra"]
         TrainLoader.__iter__ = timed  # type: ignore[method-assign]
         with ranks.process_group(ranks.backend()) as here:
             fit(*opened(cfg, here), here)

@@ -6,6 +6,7 @@ N samples in all shards together.
 import bisect
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -92,7 +93,9 @@ def open_tables(shards: Sequence[str], cache: Path, fields: Sequence[str], remot
             if error := _error_of(shard, cache, fields, remote):
                 errors[shard] = error
     else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        # Forked ones share this process's memory; as in loading, none of them touches a device.
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
             futures = {pool.submit(_error_of, shard, cache, fields, remote): shard for shard in missing}
             try:
                 for future in progress(as_completed(futures), "Indexing shards", len(missing)):
