@@ -114,7 +114,10 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Write the shards and the index of `data=...`; with `vae=...` also the latents and the text's hidden states."""
+    """Write the shards and the index of `data=...`; with `vae=...` also the latents and the text's hidden states.
+
+    Several processes, by torchrun, srun or by hand, share the work through locks in the folders that are written.
+    """
     if cfg.reference is not None:
         quieten()
         prepare_reference(cfg)
@@ -125,7 +128,12 @@ def prepare(cfg: DictConfig) -> None:
         vae, text = instantiate(cfg.model.vae), instantiate(cfg.model.text)
         load_weights(vae, cfg.vae, cfg.vae_sha256)
         data = instantiate(cfg.latents)(images=data, vae=vae, vae_sha256=cfg.vae_sha256, backbone=text.backbone)
+    here = ranks.placed(dict(os.environ))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here.local % torch.cuda.device_count())
     data.prepare_data()
+    if not here.is_first:
+        return
     for split in ("train", "tune", "test"):
         shards = data.source.shards(split)
         console.print(
@@ -133,6 +141,9 @@ def prepare(cfg: DictConfig) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if cfg.vae is not None and (text := data.text()) is not None:
+        lengths = ", ".join(f"{name} {value:g}" for name, value in text.token_lengths().items())
+        console.print(f"tokens of the captions: {lengths}", highlight=False, soft_wrap=True)
 
 
 # ---- training ----

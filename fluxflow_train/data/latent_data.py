@@ -3,6 +3,7 @@
 B batch, D latent channels, h w latent grid, S text tokens, W width of the text backbone.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -20,7 +21,7 @@ from fluxflow_train.data.images import BadImage
 from fluxflow_train.data.latent_cache import Latent, LatentCache, latent_folder
 from fluxflow_train.data.latent_writer import Posterior, write_latents
 from fluxflow_train.data.loader import EvalLoader, TrainLoader
-from fluxflow_train.data.lock import alone
+from fluxflow_train.data.lock import claim, held
 from fluxflow_train.data.reader import NO_CAPTION, BatchReader, PlainView, Shown, View
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.sources import SPLITS, Source, Split
@@ -29,6 +30,7 @@ from fluxflow_train.errors import UserError
 from fluxflow_train.hardware import device_of
 from fluxflow_train.models.text import Backbone
 
+CAPTIONS_PER_PART = 65_536  # that a process encodes while others are at other parts
 TOKENS_MULTIPLE = 8  # S is rounded up to it, so that few shapes occur
 
 
@@ -197,13 +199,25 @@ class LatentData(LightningDataModule):
         return self._root / f"text-{backbone.fingerprint[:16]}"
 
     def _prepare_text(self, backbone: Backbone) -> None:
-        folder = self._text_folder(backbone)
-        captions = [caption for split in SPLITS for caption in _captions(self.image_data.selection(split))]
-        if not TextCache.create(folder, backbone.fingerprint).missing(captions):
+        """Every process takes parts that no other has; what another was killed at is done by the others."""
+        folder, fingerprint = self._text_folder(backbone), backbone.fingerprint
+        captions = list(dict.fromkeys(c for split in SPLITS for c in _captions(self.image_data.selection(split))))
+        if not TextCache.create(folder, fingerprint).missing(captions):
             return
+        parts: list[list[str]] = [[] for _ in range(-(-len(captions) // CAPTIONS_PER_PART))]
+        for caption in captions:
+            parts[zlib.crc32(caption.encode("utf-8", "replace")) % len(parts)].append(caption)
         try:
-            with alone(folder), _placed(backbone, self.device), torch.no_grad():
-                TextCache.create(folder, backbone.fingerprint).extend(captions, backbone.encode)
+            folder.mkdir(parents=True, exist_ok=True)
+            claims = [folder / f".part-{number}-of-{len(parts)}.lock" for number in range(len(parts))]
+            with _placed(backbone, self.device), torch.no_grad():
+                for part, path in zip(parts, claims, strict=True):
+                    with claim(path) as mine:
+                        if mine:
+                            TextCache.create(folder, fingerprint).extend(part, backbone.encode)
+                for part, path in zip(parts, claims, strict=True):
+                    with held(path, "encoding captions"):
+                        TextCache.create(folder, fingerprint).extend(part, backbone.encode)
         except OSError as error:
             raise UserError(f"can't write the text cache to {folder}: {error}; choose another data root") from error
         self._text = None  # what was open doesn't know of the new ones

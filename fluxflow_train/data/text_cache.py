@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fluxflow_train.data.lock import held
 from fluxflow_train.data.progress import progress
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import replacing, write_atomically
@@ -31,7 +32,7 @@ SHARD_TOKENS = 65_536  # a shard is closed when it has as many: 50 MB at W = 384
 
 
 class TextCache:
-    """The cache in a folder, memory-mapped; one process extends it, any number read it."""
+    """The cache in a folder, memory-mapped; any number of processes extend and read it."""
 
     def __init__(self, folder: Path, fingerprint: str, shards: Sequence[dict[str, Any]]) -> None:
         """See `open` and `create`, which say what the arguments are."""
@@ -130,18 +131,34 @@ class TextCache:
 
     def _write(self, keys: list[bytes], rows: list[Tensor]) -> None:
         """One more shard, then the manifest that names it: a reader never sees half of either."""
-        name = f"text-{len(self._shards):05}.safetensors"
         tensors = {
             "hidden": torch.cat(rows),
             "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
             "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32),
         }
-        with replacing(self.folder / name) as temporary:
-            save_file(tensors, temporary)
-        shard = {"file": name, "bytes": (self.folder / name).stat().st_size, "captions": len(keys)}
-        manifest = {"version": VERSION, "fingerprint": self.fingerprint, "shards": [*self._shards, shard]}
-        write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-        self._add([shard])
+        with held(self.folder / ".lock", f"writing to {self.folder}"):
+            manifest = read_manifest(self.folder)
+            self._add([] if manifest is None else manifest["shards"][len(self._shards) :])  # of other processes
+            name = f"text-{len(self._shards):05}.safetensors"
+            with replacing(self.folder / name) as temporary:
+                save_file(tensors, temporary)
+            size = (self.folder / name).stat().st_size
+            self._add([{"file": name, "bytes": size, "captions": len(keys)}])
+            manifest = {
+                "version": VERSION,
+                "fingerprint": self.fingerprint,
+                "token_lengths": self.token_lengths(),
+                "shards": self._shards,
+            }
+            write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def token_lengths(self) -> dict[str, float]:
+        """Of the stored captions, marks included: their number, mean, quantiles and maximum."""
+        lengths = self._places[:, 2] - self._places[:, 1]
+        if not len(lengths):
+            return {"captions": 0}
+        quantiles = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 95, 99)}
+        return {"captions": len(lengths), "mean": float(lengths.mean()), **quantiles, "max": int(lengths.max())}
 
     def _add(self, shards: Sequence[dict[str, Any]]) -> None:
         """Map `shards`, and sort their keys in among the others."""

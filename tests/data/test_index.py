@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxflow_train.data.index import Index, open_table
+from fluxflow_train.data.captions import FIELDS
+from fluxflow_train.data.index import Index, open_table, open_tables
 from fluxflow_train.data.selection import Policy, Selection
+from fluxflow_train.data.shard_cache import ShardCache
 from fluxflow_train.data.table import build_table
 from fluxflow_train.errors import UserError
 
@@ -305,3 +307,30 @@ def test_file_cut_after_indexing(make_tar, pairs, cache):
         file.truncate(512)
     with pytest.raises(UserError, match="cut short since it was indexed"):
         index.image(0)
+
+
+def test_more_shards_than_mapped_tables(make_tar, pairs, cache, monkeypatch):
+    monkeypatch.setattr("fluxflow_train.data.index._MAX_OPEN_TABLES", 2)
+    paths = [str(make_tar(pairs(2, 2 * number), f"{number}.tar")) for number in range(5)]
+    index = Index(paths, cache)
+    assert [index.key(sample) for sample in (9, 0, 5, 3, 8, 1)] == ["0009", "0000", "0005", "0003", "0008", "0001"]
+    assert len(index._tables) == 2
+
+
+def test_many_damaged_shards_are_all_named(make_tar, pairs, cache, capsys):
+    paths = [str(make_tar(pairs(2, 2 * number), f"{number}.tar")) for number in range(6)]
+    for path in (paths[1], paths[4]):
+        Path(path).write_bytes(Path(path).read_bytes()[:700])
+    with pytest.raises(UserError, match=r"2 of 6 shards can't be read, first shard .*1\.tar") as error:
+        open_tables(paths, cache, FIELDS, ShardCache(cache))
+    assert "\n" not in str(error.value)
+    assert "what is wrong" in capsys.readouterr().err
+    assert all(Path(f"{paths[number]}.index").exists() for number in (0, 2, 3, 5))
+
+
+def test_other_caption_fields_are_another_table(make_tar, encoded, cache):
+    path = str(make_tar([("a.png", encoded()), ("a.json", b'{"caption": "one", "meta": {"alt": "two"}}')]))
+    assert Index([path], cache).captions(0) == ["one"]
+    other = Index([path], cache, ["meta.alt"])
+    assert other.captions(0) == ["two"]
+    assert other.fingerprint != Index([path], cache).fingerprint

@@ -210,3 +210,17 @@ class TestRefusals:
     def test_damage(self, written: Path, damage: Callable[[Path, Path], object]) -> None:
         damage(written / "text-00000.safetensors", written / "manifest.json")
         self.refuse(lambda: TextCache.open(written), "delete the .*folder and run prepare again")
+
+
+def test_several_processes_extend_it(tmp_path):
+    """Each has opened it before any other wrote."""
+    caches = [TextCache.create(tmp_path, FINGERPRINT) for _ in range(3)]
+    for number, cache in enumerate(caches):
+        cache.extend([f"caption {number}", "for all"], Encoder())
+    expect(TextCache.open(tmp_path), ["caption 0", "caption 1", "caption 2", "for all"])
+
+
+def test_token_lengths_in_the_manifest(tmp_path):
+    TextCache.create(tmp_path, FINGERPRINT).extend(["a", "bcd", "ef"], Encoder())
+    lengths = json.loads((tmp_path / "manifest.json").read_text())["token_lengths"]
+    assert lengths == {"captions": 3, "mean": 4.0, "p50": 4.0, "p95": 4.9, "p99": 4.98, "max": 5}
