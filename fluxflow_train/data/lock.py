@@ -30,11 +30,12 @@ def alone(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path, doing: str) -> Iterator[Path]:
-    """Wait until no other process holds the lock file `path`; `doing` says in the log what the other is about."""
+def held(path: Path, doing: str = "") -> Iterator[Path]:
+    """Wait until no other process holds the lock file `path`; the log says what the other is `doing`, unless empty."""
     with path.open("w") as file:
         if not taken(file):
-            log.warning("waiting for the process that is %s", doing)
+            if doing:
+                log.warning("waiting for the process that is %s", doing)
             while not taken(file):
                 preemption.check()
                 time.sleep(POLL)

@@ -127,7 +127,7 @@ class ShardCache:
 
     def _room(self, wanted: int) -> None:
         """Make space for `wanted` more bytes."""
-        with held(self.folder / ".room", "making room for shards"):
+        with held(self.folder / ".room"):
             files = [(path, path.stat()) for path in self.folder.iterdir() if path.is_file()]
             total = sum(status.st_size for _, status in files) + wanted
             whole = sorted((s.st_mtime, p, s.st_size) for p, s in files if not p.name.startswith("."))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxflow_train.data.lock import held
+from fluxflow_train.data.lock import alone
 from fluxflow_train.data.progress import progress
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import replacing, write_atomically
@@ -136,7 +136,7 @@ class TextCache:
             "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
             "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32),
         }
-        with held(self.folder / ".lock", f"writing to {self.folder}"):
+        with alone(self.folder):
             manifest = read_manifest(self.folder)
             self._add([] if manifest is None else manifest["shards"][len(self._shards) :])  # of other processes
             name = f"text-{len(self._shards):05}.safetensors"
