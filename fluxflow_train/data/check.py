@@ -1,6 +1,5 @@
 """Look at every byte of a shard that training would read: the strict table, then every image decoded; or mend it."""
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ from fluxflow_train.data.sidecar import PROBLEMS
 from fluxflow_train.data.table import build_table
 from fluxflow_train.data.writer import MANIFEST, write_shard
 from fluxflow_train.errors import UserError
+from fluxflow_train.files import sha256_of
 
 _RESOLUTION = (64, 64)  # of the trial decoding; damage shows at any
 
@@ -51,7 +51,7 @@ def check_shard(path: str, limits: ImageLimits) -> ShardReport:
         report.error = str(error)
         return report
     expected = _published(Path(path))
-    if expected is not None and _digest(Path(path)) != expected:
+    if expected is not None and sha256_of(Path(path)) != expected:
         report.error = f"shard {path} is not the file that the {MANIFEST} beside it names (sha256)"
     report.samples = len(table)
     report.noted.update(table.header["counts"])
@@ -81,7 +81,7 @@ def repair_shard(path: str, folder: Path, limits: ImageLimits) -> ShardReport:
     try:
         write_shard(part, salvaged(path, limits, report.dropped))
         count = len(build_table(str(part)))
-        row = {"name": target.name, "samples": count, "bytes": part.stat().st_size, "sha256": _digest(part)}
+        row = {"name": target.name, "samples": count, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         os.link(part, target)  # unlike a rename it never replaces a file
         report.written = row
     except FileExistsError as error:
@@ -100,14 +100,6 @@ def _published(path: Path) -> str | None:
         return {row["name"]: row["sha256"] for row in rows}.get(path.name)
     except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
         return None
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def _decoding_problem(data: bytes, limits: ImageLimits) -> str:

@@ -77,9 +77,11 @@ def download(url: str, target: Path, room: Room, patience: Patience, allow_pipe:
             try:
                 answer = _open(url, have, tag, patience)
                 with answer.body as body:
-                    if answer.start != have or (tag and answer.tag != tag):
-                        have = answer.start
-                        file.truncate(have)
+                    if answer.start and tag and answer.tag != tag:  # the rest of another file than we have begun
+                        have, tag = 0, ""
+                        continue
+                    have = answer.start
+                    file.truncate(have)
                     file.seek(have)
                     tag = answer.tag
                     while chunk := body.read(CHUNK):

@@ -28,6 +28,7 @@ from fluxflow_train.data.sidecar import ShardTable
 from fluxflow_train.data.table import build_table
 from fluxflow_train.data.tar import check_local
 from fluxflow_train.errors import UserError
+from fluxflow_train.files import sha256_of
 
 _MAX_OPEN_FILES = 128  # per process; a system's usual limit is 1024
 _MAX_OPEN_TABLES = 1024  # per process; a system's usual limit of mapped files is 65,530
@@ -52,7 +53,7 @@ def open_table(shard: str, cache: Path, fields: Sequence[str] = FIELDS, remote: 
     remote = remote or ShardCache(cache / "remote")
     copy = remote.fetch(shard)
     try:
-        table = build_table(str(copy), fields, shown(shard), remote.digest(copy))
+        table = build_table(str(copy), fields, shown(shard), sha256_of(copy))
     except UserError as error:
         raise UserError(str(error).replace(str(copy), shown(shard))) from error
     sidecar.save_first_possible([_remote_place(shard, cache)], table)

@@ -3,7 +3,6 @@
 B batch, H W pixels of its images, D latent channels, h w latent grid, n samples of a shard.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from fluxflow_train.data.reader import ImageReader, PlainView
 from fluxflow_train.data.selection import Selection
 from fluxflow_train.data.writer import MANIFEST
 from fluxflow_train.errors import UserError
-from fluxflow_train.files import replacing, write_atomically
+from fluxflow_train.files import replacing, sha256_of, write_atomically
 from fluxflow_train.pixels import dequantize
 
 Posterior = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -152,7 +151,7 @@ def _write_manifest(folder: Path, reader: ImageReader, expected: dict[str, Any])
     selection, rows, damaged = reader.selection, [], {}
     for number in range(-(-len(selection) // SAMPLES_PER_SHARD)):
         path = _path(folder, number)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         met = _note(path)["damaged"]
         damaged |= {int(sample): cause for sample, cause in met.items()}
         samples = min(SAMPLES_PER_SHARD, len(selection) - number * SAMPLES_PER_SHARD)

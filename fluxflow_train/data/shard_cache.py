@@ -14,6 +14,7 @@ from fluxflow_train.data.download import CHUNK, Patience, download, shown
 from fluxflow_train.data.lock import held
 from fluxflow_train.data.writer import MANIFEST
 from fluxflow_train.errors import UserError
+from fluxflow_train.files import sha256_of
 
 _GZIP = b"\x1f\x8b"
 _MAX_MANIFEST = 64 << 20
@@ -74,18 +75,10 @@ class ShardCache:
                     part.with_suffix(".tar").unlink(missing_ok=True)
         return path
 
-    def digest(self, path: Path) -> str:
-        """sha256 of a file, hex."""
-        with path.open("rb") as file:
-            found = hashlib.sha256()
-            while chunk := file.read(CHUNK):
-                found.update(chunk)
-        return found.hexdigest()
-
     def _fetch(self, shard: str, part: Path, sha256: str | None) -> None:
         for last in (False, True):
             download(shard, part, self._room, self.patience, self.allow_pipe)
-            found, published = self.digest(part), self._published(shard)
+            found, published = sha256_of(part), self._published(shard)
             if published in (None, found):
                 break
             if last:
@@ -97,7 +90,7 @@ class ShardCache:
             packed = file.read(2) == _GZIP
         if packed:
             self._unpack(shard, part)
-            found = self.digest(part)
+            found = sha256_of(part)
         if sha256 not in (None, found):
             raise UserError(
                 f"{shown(shard)} has changed since it was indexed: delete its index in {self.folder.parent} to train on"
@@ -128,14 +121,14 @@ class ShardCache:
     def _room(self, wanted: int) -> None:
         """Make space for `wanted` more bytes."""
         with held(self.folder / ".room"):
-            files = [(path, path.stat()) for path in self.folder.iterdir() if path.is_file()]
-            total = sum(status.st_size for _, status in files) + wanted
-            whole = sorted((s.st_mtime, p, s.st_size) for p, s in files if not p.name.startswith("."))
-            for _, path, size in whole:
+            files = _sizes(self.folder)
+            total = sum(size for _, _, size in files) + wanted
+            for _, path, size in files:
                 if total <= self.max_bytes:
                     break
-                path.unlink(missing_ok=True)
-                total -= size
+                if not path.name.startswith("."):  # whole, so nobody is writing it
+                    path.unlink(missing_ok=True)
+                    total -= size
         if total > self.max_bytes:
             raise UserError(
                 f"the shards that are read at once need more than data.remote_cache_bytes = {self.max_bytes:,} bytes in"
@@ -181,3 +174,15 @@ class ShardCache:
     def _name(self, shard: str) -> str:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", urlsplit(shard).path.rpartition("/")[2])[-80:].lstrip(".")
         return f"{hashlib.sha256(shard.encode()).hexdigest()[:16]}-{base or 'shard'}"
+
+
+def _sizes(folder: Path) -> list[tuple[float, Path, int]]:
+    """Time of last use, path and bytes of the files in `folder`, the longest unused first."""
+    found = []
+    for path in folder.iterdir():
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process has just finished with it
+            continue
+        found.append((status.st_mtime, path, status.st_size))
+    return sorted(found)

@@ -1,6 +1,5 @@
 """Write WebDataset shards once: same samples, same bytes; readers see the whole folder or none of it."""
 
-import hashlib
 import io
 import json
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 from fluxflow_train.data.lock import alone
 from fluxflow_train.data.sources import SPLITS, Split
 from fluxflow_train.errors import UserError
+from fluxflow_train.files import sha256_of
 
 MANIFEST = "manifest.json"
 SAMPLES_PER_SHARD = 500
@@ -44,9 +44,8 @@ def write_splits(folder: Path, splits: dict[Split, list[Sample]]) -> list[dict[s
             part = samples[start : start + SAMPLES_PER_SHARD]
             path = folder / f"{split}-{number:05d}.tar"
             write_shard(path, part)
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            rows.append({"name": path.name, "split": split, "samples": len(part), "bytes": len(data), "sha256": digest})
+            size, digest = path.stat().st_size, sha256_of(path)
+            rows.append({"name": path.name, "split": split, "samples": len(part), "bytes": size, "sha256": digest})
     return rows
 
 

@@ -7,7 +7,9 @@ from threading import Thread
 
 
 class FlakyServer:
-    """`files` by path; `moves` by path, a list of "drop", "cut", "slow", "503", "429", "whole", "html" or ""."""
+    """`files` by path; `moves` by path: "drop", "cut", "nothing", "slow", "503", "429", "whole" (no ranges), "any" (a
+    range of whatever is there now) or "" (well served). `always`: the move when those are used up.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -50,7 +52,7 @@ class FlakyServer:
         data, first = self.files[path], 0
         asked = request.headers.get("Range")
         tag = f'"{hash(data)}"'
-        if asked and move != "whole" and request.headers.get("If-Range", tag) == tag:
+        if asked and move != "whole" and (move == "any" or request.headers.get("If-Range", tag) == tag):
             self.ranges.append(asked)
             first = int(asked.removeprefix("bytes=").rstrip("-"))
             request.send_response(206)

@@ -73,8 +73,9 @@ class TestServer:
         Index(shards[:1], tmp_path, remote=cache())
         assert server.ranges == [f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
 
-    def test_another_file_in_the_middle_is_read_from_its_start(self, server, shards, cache, tmp_path):
-        server.moves["/data/0.tar"] = ["cut"]
+    @pytest.mark.parametrize("then", ["", "any"])
+    def test_another_file_in_the_middle_is_read_from_its_start(self, server, shards, cache, tmp_path, then):
+        server.moves["/data/0.tar"] = ["cut", then]
         original = cache()
 
         def room(_: int) -> None:
