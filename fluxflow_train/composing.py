@@ -1,8 +1,9 @@
 """From what the user composed to a run that can begin: its directory, its frozen VAE, its matched widths."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -11,7 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from fluxflow_train.ablation.cost import render, residual_table
-from fluxflow_train.ablation.matching import match
+from fluxflow_train.ablation.latency import match_latency
+from fluxflow_train.ablation.matching import Match, match
+from fluxflow_train.ablation.plan import MATCHINGS
 from fluxflow_train.data.sources import SPLITS
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
@@ -48,13 +51,14 @@ def open_run(cfg: DictConfig, lock: bool = True) -> tuple[RunDirectory, DictConf
         if cfg.vae == "latest" and saved is not None:  # a VAE trained since the run began is not its VAE
             cfg.vae = saved.vae
         bind_vae(cfg)
-    matched = match_widths(cfg)
+    matched = match_widths(cfg, saved)
     if saved is None:
         directory.create(cfg, overrides)
         if matched is not None:
-            table = render(residual_table(*matched, instantiate(plain(cfg.matching.inputs)), device="cpu"))
+            table = render(residual_table(matched.reference, matched.network, instantiate(plain(cfg.matching.inputs)), device="cpu"))
             write_atomically(directory.path / "match.txt", f"{table}\n".encode())
-            console.print(f"matched to the Bezier arm by {cfg.match}:\n{table}", highlight=False, soft_wrap=True)
+            ratio = "" if cfg.match_ratio == 1 else f" at {cfg.match_ratio:g} times its cost"
+            console.print(f"matched to the Bezier arm by {cfg.match}{ratio}:\n{table}", highlight=False, soft_wrap=True)
     else:
         refuse_differences(cfg, saved, directory.path)
     return directory, plain(cfg)
@@ -135,55 +139,121 @@ def latest_vae() -> Path:
     )
 
 
-def match_widths(cfg: DictConfig) -> tuple[nn.Module, nn.Module] | None:
-    """Give another arm than Bezier the widths that make it as large as the Bezier arm.
+class Matched(NamedTuple):
+    """The Bezier network and the one matched to it, on the meta device; relative differences of what was matched."""
 
-    `cfg.matching` names the width (or list of widths) of each component and what the Bezier arm has in its place.
-    Returns the Bezier network and the matched one, on the meta device; None where there is nothing to match.
+    reference: nn.Module
+    network: nn.Module
+    residuals: dict[str, float]
+
+
+def match_widths(cfg: DictConfig, saved: DictConfig | None = None) -> Matched | None:
+    """Give another arm than Bezier the widths that make it as large as the Bezier arm, or `match_ratio` times that.
+
+    `cfg.matching` names the widths of each component, in the order in which they are freed, and what the Bezier arm has
+    in its place. A run that is `saved` keeps widths that were measured. None where there is nothing to match.
+
+    Raises:
+        UserError: no widths are near enough.
     """
-    if cfg.match not in ("parameters", "flops", "none"):
-        raise UserError(f"match is parameters, flops or none, got {cfg.match}")
+    if cfg.match not in MATCHINGS:
+        raise UserError(f"match is {', '.join(MATCHINGS[:-1])} or {MATCHINGS[-1]}, got {cfg.match}")
+    if cfg.match == "latency" and saved is not None:
+        cfg.model = saved.model
+        return None
     matching, model = plain(cfg.matching), plain(cfg.model)
     reference = model.copy()
-    for part, size in matching.sizes.items():
-        if size in model[part]:  # else the part is of one size, on both sides
-            reference[part] = bezier_arm(model[part], matching.reference[part], size)
-    different = [part for part in matching.sizes if reference[part] != model[part]]
+    for part, keys in matching.sizes.items():
+        if keys[0] in model[part]:  # else the part is of one size, on both sides
+            reference[part] = bezier_arm(model[part], matching.reference[part], keys)
+        reference[part] = OmegaConf.merge(reference[part], matching.reference_options.get(part, {}))
+    different = [
+        part
+        for part, keys in matching.sizes.items()
+        if keys[0] in model[part] and (reference[part] != model[part] or cfg.match_ratio != 1)
+    ]
     if cfg.match == "none" or not different:
         return None
+    with torch.device("meta"):
+        network = instantiate(reference)
+    tries = max(len(matching.sizes[part]) for part in different)
+    for number in range(1, tries + 1):
+        freed = {part: matching.sizes[part][:number] for part in different}
+        try:
+            found = _matched(cfg, matching, model, freed, network)
+        except UserError:
+            if number == tries:
+                raise
+            continue
+        for part, values in found.widths.items():
+            _put(cfg.model[part], freed[part], values)
+        return Matched(network, found.network, found.residuals)
+    raise AssertionError("a component has no widths")
+
+
+def _matched(
+    cfg: DictConfig, matching: DictConfig, model: DictConfig, freed: dict[str, list[str]], reference: nn.Module
+) -> Match:
+    """The widths under the keys `freed` of each part that bring `model` to the cost of `reference`."""
 
     def resized(**widths: list[int]) -> nn.Module:
         other = model.copy()
         for part, values in widths.items():
-            key = matching.sizes[part]
-            other[part][key] = values if OmegaConf.is_list(model[part][key]) else values[0]
+            _put(other[part], freed[part], values)
         return instantiate(other)
 
-    with torch.device("meta"):
-        network = instantiate(reference)
-    shapes = {part: model[part][matching.sizes[part]] for part in different}
-    found = match(
+    widths: dict[str, list[int]] = {}
+    steps: dict[str, list[int]] = {}
+    for part, keys in freed.items():
+        values = [model[part][key] for key in keys]
+        widths[part] = [width for value in values for width in (value if OmegaConf.is_list(value) else [value])]
+        steps[part] = [
+            matching.granularity[key]
+            for key, value in zip(keys, values, strict=True)
+            for _ in (value if OmegaConf.is_list(value) else [value])
+        ]
+    inputs = instantiate(matching.inputs)
+    if cfg.match == "latency":
+        return match_latency(
+            resized,
+            reference,
+            widths=widths,
+            inputs=inputs,
+            tolerance=cfg.match_tolerance,
+            steps={part: np.array(values) for part, values in steps.items()},
+            ratio=cfg.match_ratio,
+            device=str(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto")),
+        )
+    return match(
         resized,
-        network,
-        widths={part: list(shape) if OmegaConf.is_list(shape) else [shape] for part, shape in shapes.items()},
-        inputs=instantiate(matching.inputs),
+        reference,
+        widths=widths,
+        inputs=inputs,
         by=cfg.match,
-        granularity=matching.granularity,
+        tolerance=cfg.match_tolerance,
+        granularity=steps,
+        ratio=cfg.match_ratio,
     )
-    for part, values in found.widths.items():
-        cfg.model[part][matching.sizes[part]] = values if OmegaConf.is_list(shapes[part]) else values[0]
-    return network, found.network
 
 
-def bezier_arm(part: DictConfig, theirs: DictConfig, size: str) -> DictConfig:
+def _put(part: DictConfig, keys: list[str], values: list[int]) -> None:
+    """Hand the flat list of widths out to the keys, each a width or a list of them."""
+    left = list(values)
+    for key in keys:
+        count = len(part[key]) if OmegaConf.is_list(part[key]) else 1
+        part[key] = left[:count] if OmegaConf.is_list(part[key]) else left[0]
+        del left[:count]
+
+
+def bezier_arm(part: DictConfig, theirs: DictConfig, sizes: list[str]) -> DictConfig:
     """What the Bezier arm has in the place of `part`, under the same options.
 
     The part itself with `theirs.activation` wherever it has one; where it is of another class than `theirs`, theirs
-    with all options that both have, but for `size`, which follows from the matching.
+    with all options that both have, but for the first of `sizes`, which follows from the matching.
     """
     if theirs.get("_target_", part._target_) == part._target_:
         return with_activation(part, theirs.activation)
-    shared = {key: part[key] for key in theirs if key in part and key not in ("_target_", "activation", size)}
+    shared = {key: part[key] for key in theirs if key in part and key not in ("_target_", "activation", sizes[0])}
     return OmegaConf.create({**theirs, **shared})
 
 

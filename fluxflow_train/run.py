@@ -57,7 +57,7 @@ def fit(directory: RunDirectory, config: DictConfig, here: ranks.Ranks) -> tuple
     Raises:
         Stopped: a signal came, or the time was over; all is saved.
     """
-    torch.manual_seed(rng.torch_seed(config.seed, "weights"))
+    torch.manual_seed(rng.torch_seed(config.seed, "weights", config.weights_stream))
     task: Any = instantiate(config.task)
     images: ImageData = instantiate(config.data.module)
     data = task.data_module(images)

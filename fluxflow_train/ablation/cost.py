@@ -97,6 +97,26 @@ def latency(network: nn.Module, inputs: Inputs, device: str, repeats: int = 5) -
     return sorted(seconds[1:])[repeats // 2]
 
 
+def training_latency(network: nn.Module, inputs: Inputs, batch_size: int, device: str, repeats: int = 2) -> float:
+    """Median seconds for each image of a forward and backward of `batch_size`, after one to warm up.
+
+    The optimizer's step and the data are not in it. `network` may be on the meta device, as in `latency`.
+    """
+    copied = copy.deepcopy(network).to_empty(device=device).train()
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        torch.nn.init.constant_(tensor, 0.01)
+    with torch.device(device):
+        arguments = [tensor.expand(batch_size, *tensor.shape[1:]).contiguous() for tensor in inputs(copied)]
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        output = copied(*arguments)
+        (output[0] if isinstance(output, tuple) else output).float().square().mean().backward()
+        synchronised(next(p.grad for p in copied.parameters() if p.grad is not None))
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[repeats // 2] / batch_size
+
+
 def synchronised(output: Any) -> None:
     """Waits until the device has computed `output` (a tensor, or tensors in a tuple)."""
     first = output[0] if isinstance(output, tuple) else output

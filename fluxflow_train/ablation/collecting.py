@@ -1,0 +1,78 @@
+"""What the ledger keeps of a finished run: read from its directory, which may be deleted afterwards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fluxflow_train.errors import UserError
+from fluxflow_train.files import sha256_of
+from fluxflow_train.records import CLOCK, FILE_NAME
+from fluxflow_train.records import read as read_records
+
+MAX_ROWS = 200  # of each curve
+PICTURES = 6
+HEALTH = "health.json"
+
+
+def collect(directory: Path, metric: str) -> dict[str, Any]:
+    """Numbers, curves, health and pictures of a run, as plain JSON.
+
+    Raises:
+        UserError: the run's report is missing, or lacks the metric.
+    """
+    try:
+        report = json.loads((directory / "report.json").read_text())
+        description = json.loads((directory / "model.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{directory} has no whole report and model ({error}): it was not finished") from error
+    results = {entry["name"]: entry["raw"] for entry in report["results"]}
+    if results.get(metric) is None:
+        known = ", ".join(name for name, value in results.items() if value is not None)
+        raise UserError(f"the report of {directory} has no result {metric}: there are {known}")
+    made = description["provenance"]
+    return {
+        "metric": results[metric],
+        "results": results,
+        "report_status": report["status"],
+        "status_reasons": report["status_reasons"],
+        "images_seen": made["images_seen"],
+        "seconds": made["seconds_training"],
+        "memory_mib": results.get("peak_memory"),
+        "rate_nats": results.get("rate_nats"),
+        "weights_sha256": description["sha256"],
+        "config_sha256": sha256_of(directory / "config.yaml"),
+        "config": (directory / "config.yaml").read_text(),
+        "command": made["command"],
+        "git": made["git"],
+        "environment": report["environment"],
+        "curves": curves(directory / FILE_NAME),
+        "health": json.loads((directory / HEALTH).read_text()) if (directory / HEALTH).exists() else None,
+        "pictures": pictures(report["figures"]),
+    }
+
+
+def curves(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Every scalar by name: {images, values}, of the rows that have one; thinned evenly to `MAX_ROWS`, the last kept."""
+    columns, rows = read_records(path)
+    found = {}
+    for name in columns:
+        points = [(int(row[CLOCK]), float(row[name])) for row in rows if name in row and name != CLOCK]
+        step = -(-len(points) // MAX_ROWS)
+        kept = points[:: -step or -1][::-1]
+        if kept:
+            found[name] = {"images": [images for images, _ in kept], "values": [value for _, value in kept]}
+    return found
+
+
+def pictures(figures: dict[str, Any]) -> list[dict[str, str | None]]:
+    """The first of a report's pictures as {key, caption, input, output}, base64 PNGs; drawn ones have no input."""
+    if "captioned" in figures:
+        shown = figures["captioned"][:PICTURES]
+        return [
+            {"key": str(number), "caption": item["caption"], "input": None, "output": item["image"]}
+            for number, item in enumerate(shown)
+        ]
+    return [
+        {"key": item["key"], "caption": item["caption"], "input": item["input"], "output": item["reconstruction"]}
+        for item in figures.get("examples", [])[:PICTURES]
+    ]

@@ -1,0 +1,91 @@
+"""A plan as it was frozen before its first run: its networks are solved, so every run is one exact command."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxflow_train.ablation.ledger import Ledger
+from fluxflow_train.ablation.plan import Plan, Run, expand, parse
+from fluxflow_train.errors import UserError
+
+RUNS = "runs"  # the folder of the runs' directories
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """
+    Args:
+        networks: by arm and size, and by VAE: `overrides` (its widths), `cost` (on the axis that arms are matched by),
+            `reference_cost` (of the Bezier arm), `residual`, `parameters`, `flops`, `activation_bytes`.
+        origin: when, by which code and on which machine it was frozen.
+    """
+
+    plan: Plan
+    networks: dict[str, dict[str, dict[str, Any]]]
+    vaes: dict[str, dict[str, Any]]
+    origin: dict[str, Any]
+
+    @property
+    def runs(self) -> list[Run]:
+        return expand(self.plan)
+
+    def cost(self, size: str) -> float:
+        """Of the Bezier arm at that size, which all arms are held to."""
+        return float(self.networks[self.plan.candidate][size]["reference_cost"])
+
+    def tuned_size(self, size: str) -> str | None:
+        """The tuned size nearest to `size`, by the logarithm of the cost; None where nothing is tuned."""
+        if self.plan.tuning is None:
+            return None
+        return min(self.plan.tuning.sizes, key=lambda tuned: abs(math.log(self.cost(tuned) / self.cost(size))))
+
+    def overrides(self, run: Run, chosen: float | None, folder: Path) -> list[str]:
+        """What stands behind `python -m fluxflow_train` for that run; `chosen`: the tuned value, None where none is."""
+        plan, tuning = self.plan, self.plan.tuning
+        directory = folder / RUNS / run.name
+        if run.phase == "vae":
+            assert plan.vaes is not None and run.vae is not None
+            own = [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *plan.vaes.arms[run.vae]]
+            own += self.vaes[run.vae]["overrides"]
+            budget, split = plan.vaes.budget_images, plan.metric.split
+        else:
+            assert run.arm is not None and run.size is not None
+            own = [f"+experiment={plan.experiment}", *plan.overrides, *plan.sizes[run.size], *plan.arms[run.arm]]
+            own += self.networks[run.arm][run.size]["overrides"]
+            budget, split = plan.budget_images, plan.metric.split
+            if run.phase == "tune" and tuning is not None:
+                budget, split = tuning.budget_images, "tune"
+            value = run.value if run.phase == "tune" else chosen
+            if value is not None and tuning is not None:
+                own.append(f"{tuning.key}={value!r}")
+            if run.vae is not None:
+                own.append(f"vae={folder / RUNS / 'vae' / f'{run.vae}-seed{run.seed}'}")
+        own += ["match=none", f"seed={run.seed}", f"budget.images={budget}", f"evaluate.split={split}"]
+        return [*own, f"run={directory}"]
+
+    def record(self) -> dict[str, Any]:
+        """What the ledger keeps of it."""
+        return {"plan": self.plan.content, "networks": self.networks, "vaes": self.vaes, "origin": self.origin}
+
+
+def read(ledger: Ledger) -> Frozen | None:
+    """What the ledger's study was frozen as; None before that."""
+    for event in ledger.events():
+        if event.event == "frozen":
+            record = event.record
+            plan = parse(record["plan"], str(ledger.path))
+            return Frozen(plan, record["networks"], record["vaes"], {**record["origin"], "time": event.time})
+    return None
+
+
+def refuse_another(frozen: Frozen, plan: Plan, folder: Path) -> None:
+    """Raises UserError, naming the keys, where the folder holds another plan than the one that was asked for."""
+    if frozen.plan.hash == plan.hash:
+        return
+    ours, theirs = plan.content, frozen.plan.content
+    keys = [key for key in ours if ours[key] != theirs.get(key)]
+    raise UserError(
+        f"{folder} holds a study that was frozen with other {', '.join(keys)}: a plan can't change once it has begun; "
+        "give the new one another name, or another dir=DIR"
+    )

@@ -1,0 +1,147 @@
+"""The body of `study`: a plan frozen, its missing runs made, its report written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from fluxflow_train.ablation import frozen as freezer
+from fluxflow_train.ablation.frozen import Frozen
+from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
+from fluxflow_train.ablation.plan import Plan, Run, expand, load
+from fluxflow_train.ablation.worker import Worker, progress, work_together
+from fluxflow_train.data.lock import held
+from fluxflow_train.errors import Stopped, UserError
+from fluxflow_train.freezing import freeze
+from fluxflow_train.reports.page import number
+
+console = Console(stderr=True)
+
+AROUND = 25.0  # seconds of a run that are not training: imports, validation, report
+STEP = 1.3  # a whole step beside its forward and backward
+BYTES = 20  # of a parameter in training: itself, its gradient, AdamW's two moments, the average
+
+
+def study(cfg: DictConfig) -> None:
+    """Freeze the plan, or go on with it; make what is missing; report.
+
+    Raises:
+        UserError: the plan is not well formed, can't be matched, or another one was frozen in the folder.
+        Stopped: a signal came; the same command goes on.
+    """
+    plan = load(str(cfg.plan))
+    folder = Path(cfg.dir or f"outputs/study/{plan.name}").expanduser()
+    if cfg.workers < 1 or cfg.attempts < 1:
+        raise UserError("workers and attempts are 1 or more")
+    if cfg.dry_run:
+        if (already := freezer.read(Ledger(folder / FILE_NAME))) is not None:
+            freezer.refuse_another(already, plan, folder)
+        frozen = freeze(plan, timed=True)
+        show(frozen)
+        console.print(f"{len(frozen.runs)} runs: {counted(plan)}; about {duration(frozen)} one by one", highlight=False)
+        return
+    frozen = frozen_in(folder, plan)
+    ledger = Ledger(folder / FILE_NAME)
+    extra = [str(override) for override in cfg.overrides]
+    refuse_what_is_compared(extra)
+
+    def say(line: str) -> None:
+        counts = progress(frozen, ledger, cfg.attempts)
+        done = counts["finished"] + counts["failed"]
+        console.print(f"[{done}/{len(frozen.runs)}] {line}", markup=False, highlight=False, soft_wrap=True)
+
+    threads = cfg.threads or (max(1, (os.cpu_count() or 1) // cfg.workers) if cfg.workers > 1 else None)
+    workers = [
+        Worker(frozen, folder, extra, names(plan, extra), threads, cfg.attempts, say) for _ in range(cfg.workers)
+    ]
+    try:
+        work_together(workers)
+    except Stopped as stop:
+        raise Stopped(f"{stop} (study in {folder})") from stop
+    counts = progress(frozen, ledger, cfg.attempts)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
+    if counts["failed"]:
+        console.print(f"attempts={cfg.attempts + 1} tries failed runs again", highlight=False)
+    write_report(folder)
+
+
+def frozen_in(folder: Path, plan: Plan) -> Frozen:
+    """What is frozen in the folder; by this command, where none was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / FILE_NAME)
+    with held(folder / ".lock", "freezing the plan"):
+        frozen = freezer.read(ledger)
+        if frozen is None:
+            frozen = freeze(plan)
+            ledger.add("frozen", None, None, frozen.record())
+            show(frozen)
+    freezer.refuse_another(frozen, plan, folder)
+    console.print(f"plan {plan.name} {plan.hash[:12]}, {len(frozen.runs)} runs, in {folder}", highlight=False)
+    return frozen
+
+
+def refuse_what_is_compared(extra: list[str]) -> None:
+    """Raises UserError for overrides that would make other runs than the plan's."""
+    free = ("trainer", "logger", "data.root", "data.num_workers", "latents_device", "callbacks", "budget.hours")
+    for override in extra:
+        key = override.partition("=")[0].lstrip("+~")
+        if key == "trainer.precision" or not any(key == name or key.startswith(f"{name}.") for name in free):
+            raise UserError(
+                f"overrides={override} would change what is compared: put it into the plan; free are {', '.join(free)}"
+            )
+
+
+def names(plan: Plan, extra: list[str]) -> Callable[[Run], list[str]]:
+    """W&B's names of each run, where the runs are recorded there."""
+    if "logger=wandb" not in extra:
+        return lambda run: []
+    from fluxflow_train.ablation.wandb_names import wandb_overrides
+
+    return lambda run: wandb_overrides(plan.name, run)
+
+
+# ---- what a dry run prints ----
+
+
+def show(frozen: Frozen) -> None:
+    """Every network of the plan: what it has, what it costs, how far it is from what it is matched to."""
+    shown = Table(title=f"{frozen.plan.name}: matched by {frozen.plan.match}", title_justify="left", box=None)
+    for heading in ("arm", "size", "runs", "parameters", "FLOPs", "residual", "memory"):
+        shown.add_column(heading, justify="left" if heading in ("arm", "size") else "right", no_wrap=True)
+    rows = [("VAE", name, network) for name, network in frozen.vaes.items()]
+    rows += [(arm, size, net) for arm, sizes in frozen.networks.items() for size, net in sizes.items()]
+    for arm, size, net in rows:
+        count = sum((r.arm or "VAE", r.size or r.vae) == (arm, size) for r in frozen.runs)
+        memory = net["activation_bytes"] * net["batch_size"] + BYTES * net["parameters"]
+        cells = (f"{net['parameters']:,}", number(net["flops"]), f"{net['residual']:+.2%}", f"{memory / 2**20:,.0f} MiB")
+        shown.add_row(arm, size, str(count), *cells)
+    console.print(shown)
+    console.print("FLOPs: forward, per image; memory: of training, in fp32, calculated", highlight=False)
+    for arm, size, net in rows:
+        widths = ", ".join(override.removeprefix("model.") for override in net["overrides"])
+        console.print(f"{arm} {size}: {widths}", markup=False, highlight=False, soft_wrap=True)
+
+
+def counted(plan: Plan) -> str:
+    kinds = {"vae": "VAEs", "tune": "trials", "main": "to compare"}
+    phases = [run.phase for run in expand(plan)]
+    return ", ".join(f"{phases.count(phase)} {kinds[phase]}" for phase in kinds if phase in phases)
+
+
+def duration(frozen: Frozen) -> str:
+    """Of all runs one by one on this machine, from steps that were timed when the plan was solved."""
+    plan, total = frozen.plan, 0.0
+    for run in frozen.runs:
+        if run.phase == "vae" and plan.vaes is not None and run.vae is not None:
+            images, network = plan.vaes.budget_images, frozen.vaes[run.vae]
+        else:
+            assert run.arm is not None and run.size is not None
+            images, network = plan.budget_images, frozen.networks[run.arm][run.size]
+            if run.phase == "tune" and plan.tuning is not None:
+                images = plan.tuning.budget_images
+        total += AROUND + STEP * images * network["seconds_per_image"]
+    hours, minutes = divmod(round(total / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
