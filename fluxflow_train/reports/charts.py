@@ -48,7 +48,7 @@ def round_step(width: float) -> float:
 
 def short(value: float) -> str:
     """A tick's text: 1500 is 1.5k, 0.00002 is 2e-05."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:.4g}"
@@ -69,27 +69,30 @@ def value_axis(values: Sequence[float]) -> Axis:
     return Axis(*padded(low, high), BOTTOM, TOP)
 
 
-def frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
-    """Grid lines, tick texts and the two labels."""
+def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> str:
+    """Grid lines, tick texts and the two labels, around the box that the axes span."""
+    left, right, bottom = x.start, x.end, y.start
     parts = []
     for v in y.ticks():
-        parts.append(f'<path class="grid" d="M{LEFT} {y(v)}H{RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y(v) + 3.5}" text-anchor="end">{short(v)}</text>')
-    for v in x.ticks():
-        parts.append(f'<path class="axis" d="M{x(v)} {BOTTOM}v4"/>')
-        parts.append(f'<text class="tick" x="{x(v)}" y="{BOTTOM + 17}" text-anchor="middle">{short(v)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>')
-    parts.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(f'<path class="grid" d="M{left} {y(v)}H{right}"/>')
+        parts.append(f'<text class="tick" x="{left - 7}" y="{y(v) + 3.5}" text-anchor="end">{short(v)}</text>')
+    for v in x.ticks() if x_ticks is None else x_ticks:
+        parts.append(f'<path class="axis" d="M{x(v)} {bottom}v4"/>')
+        parts.append(f'<text class="tick" x="{x(v)}" y="{bottom + 17}" text-anchor="middle">{short(v)}</text>')
+    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
+    parts.append(f'<text class="label" x="{right}" y="{bottom + 34}" text-anchor="end">{escape(x_label)}</text>')
     text = ", ".join(part for part in (y_label, "log scale" if y.log else "") if part)
-    parts.append(f'<text class="label" x="{LEFT}" y="{HEIGHT - 4}">{escape(f"↑ {text}" if text else "")}</text>')
+    parts.append(f'<text class="label" x="{left}" y="{bottom + 34}">{escape(f"↑ {text}" if text else "")}</text>')
     return "".join(parts)
 
 
-def svg(body: str, title: str, data: dict[str, Any] | None = None) -> Markup:
+def svg(
+    body: str, title: str, data: dict[str, Any] | None = None, size: tuple[float, float] = (WIDTH, HEIGHT)
+) -> Markup:
     """The element; `data` feeds the pointer's read-out."""
     attribute = f' data-chart="{escape(json.dumps(data))}"' if data is not None else ""
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"{attribute}>'
+        f'<svg class="chart" viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(title)}"{attribute}>'
         f'{body}<g class="cursor"></g></svg>'
     )
 

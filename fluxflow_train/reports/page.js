@@ -12,7 +12,9 @@
     const chart = JSON.parse(svg.dataset.chart);
     const [left, right, top, bottom] = chart.box;
     const scale = chart.log ? Math.log10 : (v) => v;
-    const px = (v) => left + ((v - chart.x[0]) / (chart.x[1] - chart.x[0])) * (right - left);
+    const across = chart.log_x ? Math.log10 : (v) => v;
+    const [x0, x1] = chart.x.map(across);
+    const px = (v) => left + ((across(v) - x0) / (x1 - x0)) * (right - left);
     const py = (v) => bottom - ((scale(v) - scale(chart.y[0])) / (scale(chart.y[1]) - scale(chart.y[0]))) * (bottom - top);
     const cursor = svg.querySelector(".cursor");
     const hide = () => { cursor.replaceChildren(); tip.hidden = true; };
@@ -20,15 +22,15 @@
       const box = svg.getBoundingClientRect();
       const unit = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
       if (unit < left - 8 || unit > right + 8) return hide();
-      const x = chart.x[0] + ((unit - left) / (right - left)) * (chart.x[1] - chart.x[0]);
-      const found = chart.series.map((s) => nearest(s.x, x));
+      const x = x0 + ((unit - left) / (right - left)) * (x1 - x0);
+      const found = chart.series.map((s) => nearest(s.x.map(across), x));
       const anchor = chart.series[0].x[found[0]];
       cursor.replaceChildren();
       element(cursor, "path", { d: `M${px(anchor)} ${top}V${bottom}` });
       const lines = [`${short(anchor)} ${chart.x_label}`];
       chart.series.forEach((s, i) => {
         const j = found[i];
-        element(cursor, "circle", { class: `c${i}`, cx: px(s.x[j]), cy: py(s.y[j]), r: 3.5 });
+        element(cursor, "circle", { class: s.class ?? `c${i}`, cx: px(s.x[j]), cy: py(s.y[j]), r: 3.5 });
         lines.push(`${s.name}  ${short(s.y[j])} ${chart.unit}`);
       });
       tip.textContent = lines.join("\n");

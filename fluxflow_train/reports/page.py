@@ -19,6 +19,10 @@ CURVES = (
     ("KL", "nats per latent element", ("train/loss_kl",)),
     ("Adversarial losses", "", ("train/loss_gan", "train/loss_disc")),
     ("Gradient norm", "", ("train/grad_norm",)),
+    ("Gradient norms of the layers, largest to smallest", "powers of ten", ("health/grad_norm_spread",)),
+    ("Dead channels", "share", ("health/dead", "health/dead_worst")),
+    ("Curves at an end, or beyond", "share of t", ("health/saturated", "health/outside")),
+    ("Variance of the last activation", "", ("health/variance_last",)),
     ("Learning rate", "", ("train/lr",)),
     ("Captions dropped", "share of images", ("train/dropped",)),
     ("Training speed", "images/s", ("train/images_per_second",)),
@@ -45,7 +49,7 @@ def number(value: float | None, unit: str = "") -> str:
         return "–"
     if unit == "dB":
         return f"{value:.2f}"
-    for least, size, letter in ((1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e4, 1e3, " k")):
+    for least, size, letter in ((1e12, 1e12, " T"), (1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e4, 1e3, " k")):
         if abs(value) >= least:
             return f"{value / size:.3g}{letter}"
     if abs(value) >= 100:
@@ -172,28 +176,41 @@ VIEWS = {
 }
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as HTML5; every text in it is escaped. Its `kind` says which page it gets."""
-    environment = Environment(
+def environment() -> Environment:
+    """Of every page: texts are escaped, an unknown name is an error, numbers are written for people."""
+    found = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "plain": plain}
+    found.filters |= {"number": number, "plain": plain}
+    found.globals |= {"style": source("page.css"), "script": source("page.js")}
+    return found
+
+
+def source(name: str) -> Markup:
+    """A style sheet or a script, to stand in the page."""
+    return Markup((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as HTML5; every text in it is escaped. Its `kind` says which page it gets."""
     results = report["results"]
     by_name = {r["name"]: r for r in results}
     template, view = VIEWS[report["kind"]]
     rows = metric_rows(results)
-    return environment.get_template(f"{template}.html.jinja").render(
-        report=report,
-        rows=rows,
-        notes=notes(results),
-        training=training_charts(report["figures"]["curves"]),
-        curves=bezier_charts(report["figures"]["bezier"]),
-        status_text=STATUS[report["status"]],
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        **view(report, by_name),
+    return (
+        environment()
+        .get_template(f"{template}.html.jinja")
+        .render(
+            report=report,
+            rows=rows,
+            notes=notes(results),
+            training=training_charts(report["figures"]["curves"]),
+            curves=bezier_charts(report["figures"]["bezier"]),
+            status_text=STATUS[report["status"]],
+            **view(report, by_name),
+        )
     )

@@ -1,4 +1,4 @@
-"""Reports checked against `schema.json`, fid_report/v1, when they are written and when they are read again."""
+"""Reports checked against their schema when they are written and when they are read again."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,18 @@ from jsonschema import Draft202012Validator
 
 from fluxflow_train.errors import UserError
 
-SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
+FILES = {"fid_report/v1": "schema.json", "study_report/v1": "study_schema.json"}
+SCHEMAS = {name: json.loads((Path(__file__).parent / file).read_text()) for name, file in FILES.items()}
 
 
-def check(report: Any) -> None:
+def check(report: Any, name: str = "fid_report/v1") -> None:
     """Raises ValueError naming the first field that is not as the schema says."""
-    errors = sorted(Draft202012Validator(SCHEMA).iter_errors(report), key=lambda error: list(map(str, error.path)))
+    errors = sorted(
+        Draft202012Validator(SCHEMAS[name]).iter_errors(report), key=lambda error: list(map(str, error.path))
+    )
     if errors:
         where = "/".join(map(str, errors[0].absolute_path)) or "its top"
-        raise ValueError(f"no fid_report/v1: at {where}, {errors[0].message[:200]}")
+        raise ValueError(f"no {name}: at {where}, {errors[0].message[:200]}")
 
 
 def read(path: Path) -> dict[str, Any]:
