@@ -5,8 +5,8 @@
 
 The VAE trains against its discriminator; the flow on cached latents of a small VAE that is trained first. Every other
 kill comes in the first 15 seconds of the command, imports included, the others within two seconds of a record, where
-steps, checkpoints, pictures and validations are. Exit code 1 unless weights, averaged weights, optimizers and records
-are equal bit for bit.
+steps, checkpoints, pictures and validations are. Exit code 1 unless weights, averaged weights, optimizers, records and
+health are equal bit for bit.
 """
 
 import argparse
@@ -102,6 +102,8 @@ def differences(a: Path, b: Path) -> list[str]:
         found += [f"metrics.csv {k} at {left['images_seen']}" for k in left if left[k] != right[k]]
     if len(records(a)) != len(records(b)):
         found.append("metrics.csv has another number of rows")
+    if (a / "health.json").read_bytes() != (b / "health.json").read_bytes():
+        found.append("health.json")
     return sorted(found)
 
 

@@ -52,6 +52,7 @@ def test_run_directory_keeps_its_contract(finished: Path) -> None:
         "model.safetensors",
         "model.json",
         "metrics.csv",
+        "health.json",
         "samples/images_000000032.png",
         "report.json",
         "report.html",

@@ -96,6 +96,22 @@ class Mixer(nn.Module):
         return x + self.cross_attention(self.norm2(x), text, mask)
 
 
+class PillarCurve(nn.Module):
+    """B(sigmoid(t); points), feature by feature where the layout is planar. A module, so that hooks can see t."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self.layout: Layout = layout
+
+    def forward(self, t: Tensor, points: Tensor) -> Tensor:
+        """t (B, L, C) and points (4, B, L, C) to (B, L, C)."""
+        if self.layout == "planar":
+            stacked = torch.cat([t[None], points])
+            return bezier(stacked, t_activation="sigmoid", p_activation="none", layout="planar", dim=0)[0]
+        joined = torch.cat([t, *points], dim=-1)
+        return bezier(joined, t_activation="sigmoid", p_activation="none", layout="interleaved", dim=-1)
+
+
 class PillarBlock(nn.Module):
     """Four gated MLPs, the pillars, produce the control points of a curve through which each feature passes.
 
@@ -104,7 +120,7 @@ class PillarBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, text_width: int, layout: Layout, residual: bool, first: bool):
         super().__init__()
-        self.layout: Layout = layout
+        self.curve = PillarCurve(layout)
         self.residual = residual
         self.mixer = Mixer(width, num_heads, text_width)
         self.film = nn.Linear(text_width, 2 * PILLARS * width)
@@ -139,14 +155,6 @@ class PillarBlock(nn.Module):
         t = x + self.point(self.point_norm(x))
         y = self.curve(t.to(produced.dtype), produced)
         return (x + y if self.residual else y), produced
-
-    def curve(self, t: Tensor, points: Tensor) -> Tensor:
-        """B(sigmoid(t); points), feature by feature where the layout is planar."""
-        if self.layout == "planar":
-            stacked = torch.cat([t[None], points])
-            return bezier(stacked, t_activation="sigmoid", p_activation="none", layout="planar", dim=0)[0]
-        joined = torch.cat([t, *points], dim=-1)
-        return bezier(joined, t_activation="sigmoid", p_activation="none", layout="interleaved", dim=-1)
 
 
 class MLPBlock(nn.Module):

@@ -80,14 +80,14 @@ def learned_curves(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, A
     for handle in handles:
         handle.remove()
     return [
-        curve(name, module) | {"t_histogram": counts[name].tolist() if name in counts else []}
+        curve(name, module.points) | {"t_histogram": counts[name].tolist() if name in counts else []}
         for name, module in modules.items()
     ]
 
 
-def curve(name: str, module: TrainableBezier) -> dict[str, Any]:
-    """{name, num_channels, channels, t (T,), values (channels, T), points (channels, 4)}."""
-    points = module.points.detach().double().cpu()
+def curve(name: str, points: Tensor) -> dict[str, Any]:
+    """{name, num_channels, channels, t (T,), values (channels, T), points (channels, 4)} of control points (4, C)."""
+    points = points.detach().double().cpu()
     total = points.shape[1]
     channels = torch.linspace(0, total - 1, min(total, MAX_CHANNELS)).round().long()
     t = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)[:, None, None]

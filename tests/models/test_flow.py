@@ -101,7 +101,7 @@ def reference(
             r = r @ layer.weight[pillar] + layer.bias[pillar]  # type: ignore[index]
             r = silu(r) if number < 2 else r
         points.append(r + cross(block.pillar_attention, layer_norm(block.pillar_norm, r)))
-    y = curve(x + linear(block.point, layer_norm(block.point_norm, x)), points, block.layout)
+    y = curve(x + linear(block.point, layer_norm(block.point_norm, x)), points, block.curve.layout)
     return (x + y if block.residual else y), torch.stack(points)
 
 

@@ -41,7 +41,7 @@ def test_thinning_keeps_the_mean_and_the_range() -> None:
 def test_a_learned_curve_is_what_the_module_computes() -> None:
     module = TrainableBezier(5, (-1, -1 / 3, 1 / 3, 1))
     torch.nn.init.normal_(module.points, generator=torch.Generator().manual_seed(0))
-    entry = curve("head", module)
+    entry = curve("head", module.points)
     t = torch.tensor(entry["t"][1:-1], dtype=torch.float64)
     y = module(torch.logit(t)[:, None].expand(-1, 5)).detach()
     np.testing.assert_allclose(np.array(entry["values"])[:, 1:-1], y.T.numpy(), atol=1e-5)
@@ -49,7 +49,7 @@ def test_a_learned_curve_is_what_the_module_computes() -> None:
 
 
 def test_of_many_channels_sixteen_are_kept() -> None:
-    entry = curve("wide", TrainableBezier(100, (0, 0, 0, 1)))
+    entry = curve("wide", TrainableBezier(100, (0, 0, 0, 1)).points)
     assert len(entry["values"]) == 16 and entry["channels"][0] == 0 and entry["channels"][-1] == 99
 
 
