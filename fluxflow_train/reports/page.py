@@ -199,18 +199,14 @@ def render(report: dict[str, Any]) -> str:
     """The report as HTML5; every text in it is escaped. Its `kind` says which page it gets."""
     results = report["results"]
     by_name = {r["name"]: r for r in results}
-    template, view = VIEWS[report["kind"]]
-    rows = metric_rows(results)
-    return (
-        environment()
-        .get_template(f"{template}.html.jinja")
-        .render(
-            report=report,
-            rows=rows,
-            notes=notes(results),
-            training=training_charts(report["figures"]["curves"]),
-            curves=bezier_charts(report["figures"]["bezier"]),
-            status_text=STATUS[report["status"]],
-            **view(report, by_name),
-        )
+    name, view = VIEWS[report["kind"]]
+    template = environment().get_template(f"{name}.html.jinja")
+    return template.render(
+        report=report,
+        rows=metric_rows(results),
+        notes=notes(results),
+        training=training_charts(report["figures"]["curves"]),
+        curves=bezier_charts(report["figures"]["bezier"]),
+        status_text=STATUS[report["status"]],
+        **view(report, by_name),
     )

@@ -137,30 +137,36 @@ def quality(
     field: str,
     x_label: str,
     y_label: str,
+    plain: bool = False,
 ) -> Markup | None:
     """The mean of every cell with its interval over `field`, the seeds (by the cell's place) beside it, fitted lines.
 
-    None where no cell has both.
+    `plain`: the means alone, for many arms. None where no cell has both a mean and a cost.
     """
     known = [i for i, cell in enumerate(cells) if cell["mean"] is not None and (cell.get(field) or 0) > 0]
     if not known:
         return None
-    values = [v for i in known for v in (cells[i]["mean"], *(value for _, value in seeds[i]))]
-    y = Axis(*reach(values, [cells[i][end] for i in known for end in ("low", "high")], 0.35), BOTTOM, TOP)
+    values = [v for i in known for v in (cells[i]["mean"], *(value for _, value in seeds[i] if not plain))]
+    ends = [cells[i][end] for i in known for end in ("low", "high") if not plain]
+    y = Axis(*reach(values, ends, 0.35), BOTTOM, TOP)
     x = log_axis([cells[i][field] for i in known])
-    gap = min(8.0, (RIGHT - LEFT) / (len(known) + 1))
     parts = [charts.frame(x, y, x_label, y_label, log_ticks(x))]
     parts += [fitted(line, x, y, arms[line["arm"]]) for line in lines]
     parts += [] if lines else joined([cells[i] for i in known], field, x, y, arms)
     known.sort(key=lambda i: arms[cells[i]["arm"]])
+    gap = 0.0 if plain else min(8.0, (RIGHT - LEFT) / (len(known) + 1))
     for i, place in zip(known, apart([x(cells[i][field]) for i in known], gap), strict=True):
         cell, arm = cells[i], arms[cells[i]["arm"]]
-        dots = [mark(arm, place - 0.4 * gap, y(v), 1.9, kind="seed", title=f"{run}: {v:.5g}") for run, v in seeds[i]]
+        across = place + 0.3 * gap
         text = f"{cell['arm']}, {cell['size']}: mean {cell['mean']:.5g} of {cell['n']}, {x_label} {cell[field]:.4g}"
-        across = place + 0.25 * gap
-        if cell["low"] is not None or cell["high"] is not None:
-            dots.append(whisker(y, cell["low"], cell["high"], across, upright=True, css=colour(arm)))
-        parts += [*dots, mark(arm, across, y(cell["mean"]), 4, title=text)]
+        if not plain:
+            parts += [
+                mark(arm, place - 0.45 * gap, y(value), 2.2, kind="seed", title=f"{run}: {value:.5g}")
+                for run, value in seeds[i]
+            ]
+        if not plain and (cell["low"] is not None or cell["high"] is not None):
+            parts.append(whisker(y, cell["low"], cell["high"], across, upright=True, css=colour(arm)))
+        parts.append(mark(arm, across, y(cell["mean"]), 4, title=text))
     return charts.svg("".join(parts), f"{y_label} against {x_label}", size=(WIDTH, HEIGHT))
 
 

@@ -12,7 +12,7 @@ from fluxflow_train.reports.study_charts import WIDTH, colour, mark, reach, whis
 
 LEFT, RIGHT = 12, 328
 ROW, TOP = 36, 8
-LETTERS = 46  # that fit into a row, its label and its value together
+LETTERS = 44  # that fit into a row, its label and its value together
 CLAIM = (2.0, 2.5)  # the size ratio that is claimed
 WIDEST = 16.0  # the largest ratio that an axis shows; beyond it, intervals are arrows
 

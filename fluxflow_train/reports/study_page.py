@@ -8,21 +8,24 @@ from typing import Any
 from markupsafe import Markup
 
 from fluxflow_train.files import write_atomically
-from fluxflow_train.reports import charts, page, schema, study_charts, study_forest, study_markdown
-from fluxflow_train.reports.study_charts import Line
+from fluxflow_train.reports import page, schema, study_charts, study_forest, study_markdown
 from fluxflow_train.reports.study_forest import Row
+from fluxflow_train.reports.study_panels import (
+    CROWD,
+    health_panels,
+    learned_panels,
+    picture_groups,
+    quality_panels,
+    training_panels,
+    tuning_charts,
+    under,
+    y_label,
+)
 from fluxflow_train.reports.study_words import between, fine, missing, signed
 
-COSTS = {"parameters": "parameters", "flops": "FLOPs per image", "seconds": "seconds of training"}
-LAYERS = (
-    ("variance", "Activation variance"),
-    ("grad_norm", "Gradient norm"),
-    ("dead", "Dead units"),
-    ("saturated", "Saturated"),
-    ("outside", "t outside [0, 1]"),
-)
 TONES = {"supported": "final", "refuted": "smoke", "undecided": "partial"}
 SIGNIFICANT = 0.05
+NO_ARM = 6  # the place whose colour is the text's
 
 
 def render(report: dict[str, Any]) -> str:
@@ -37,9 +40,10 @@ def render(report: dict[str, Any]) -> str:
         study_style=page.source("study.css"),
         tone=TONES.get(report["answer"]["verdict"], "quiet"),
         missing=missing(report),
+        crowd=len(arms) > CROWD,
         run_places={run["name"]: place for place, run in enumerate(report["runs"])},
         ratios=ratio_chart(report, arms),
-        quality=list(quality_panels(report, arms)),
+        quality=[panel for panel in quality_panels(report, arms) if panel["plots"]],
         forests=list(forests(report, arms)),
         rate_distortion=rate_distortion_chart(report, arms),
         effects=effects_chart(report),
@@ -65,16 +69,6 @@ def order(report: dict[str, Any]) -> dict[str, int]:
     """The place of every arm, which is its colour and shape: the candidate first."""
     names = [arm["name"] for arm in sorted(report["arms"], key=lambda arm: not arm["is_candidate"])]
     return {name: place for place, name in enumerate(names)}
-
-
-def y_label(report: dict[str, Any]) -> str:
-    metric = report["metric"]
-    return f"{metric['label']}, {metric['unit']}" if metric["unit"] else metric["label"]
-
-
-def under(size: str | None, vae: str | None) -> str:
-    """The heading of what belongs to one size and one VAE; "" where there is neither."""
-    return ", ".join([f"Size {size}"] * (size is not None) + [f"VAE {vae}"] * (vae is not None))
 
 
 # ---- the answer and its evidence ----
@@ -139,150 +133,11 @@ def effects_chart(report: dict[str, Any]) -> Markup | None:
         return None
     effects = [effect for effect in report["factorial"]["effects"] if effect["difference"] is not None]
     rows = [
-        difference_row(e, i, e["label"], report["metric"]["unit"], e["p"] is not None and e["p"] < SIGNIFICANT)
-        for i, e in enumerate(effects)
+        difference_row(e, NO_ARM, e["label"], report["metric"]["unit"], e["p"] is not None and e["p"] < SIGNIFICANT)
+        for e in effects
     ]
     return forest_of(rows, f"{y_label(report)}: → better") if rows else None
 
 
 def forest_of(rows: Sequence[Row], label: str) -> Markup:
     return study_forest.differences(rows, None, study_forest.span_of(rows, None), label)
-
-
-# ---- quality against cost, during training, over the learning rate ----
-
-
-def quality_panels(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """For each VAE (or once): quality over every cost; the fitted lines stand where sizes are matched by that cost."""
-    label = report["axis"]["label"]
-    costs = COSTS if label in COSTS.values() else COSTS | {"cost": label}
-    for vae in report["vaes"] or [None]:
-        cells = [cell for cell in report["cells"] if cell["vae"] == vae]
-        seeds = {i: seeds_of(report, cell) for i, cell in enumerate(cells)}
-        fits = {
-            (line["arm"], *line["x"], *line["y"]): line
-            for r in report["ratios"]
-            if r["vae"] == vae
-            for line in r["lines"]
-        }
-        plots = []
-        for field, x_label in costs.items():
-            lines = list(fits.values()) if x_label == label else []
-            chart = study_charts.quality(
-                cells, seeds, lines, arms, field=field, x_label=x_label, y_label=y_label(report)
-            )
-            if chart:
-                plots.append({"title": f"Against {x_label}", "chart": chart})
-        if plots:
-            yield {"title": under(None, vae), "plots": plots}
-
-
-def seeds_of(report: dict[str, Any], cell: dict[str, Any]) -> list[tuple[str, float]]:
-    """The runs of a cell and what each measured."""
-    names = set(cell["runs"])
-    return [
-        (run["name"], run["metric"]) for run in report["runs"] if run["name"] in names and run["metric"] is not None
-    ]
-
-
-def training_panels(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """For every curve, size and VAE: over images, FLOPs and seconds; the largest size first."""
-    places = {size["name"]: place for place, size in enumerate(report["sizes"])}
-    groups: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
-    for curve in sorted(report["curves"], key=lambda curve: -places[curve["size"]]):
-        groups.setdefault((curve["name"], curve["size"], curve["vae"]), []).append(curve)
-    for (name, size, vae), curves in groups.items():
-        curves.sort(key=lambda curve: arms[curve["arm"]])
-        plots = []
-        for field, x_label in (
-            (None, "images seen"),
-            ("flops_per_image", "training FLOPs"),
-            ("seconds_per_image", "seconds"),
-        ):
-            lines = [
-                scaled(curve, arms, curve[field] if field else 1.0) for curve in curves if not field or curve[field]
-            ]
-            chart = study_charts.lines_chart(lines, x_label=x_label, y_label=name)
-            if chart:
-                plots.append({"title": f"Against {x_label}", "chart": chart})
-        if plots:
-            yield {"title": f"{under(size, vae)}: {name}", "plots": plots}
-
-
-def scaled(curve: dict[str, Any], arms: dict[str, int], cost: float) -> Line:
-    x = [images * cost for images in curve["images"]]
-    return Line(arms[curve["arm"]], curve["arm"], x, curve["mean"], curve["low"], curve["high"])
-
-
-def tuning_charts(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """For every size and setting: what each value gave, the chosen one ringed."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for entry in sorted(report["tuning"], key=lambda entry: arms[entry["arm"]]):
-        points = sorted((p["value"], p["mean"]) for p in entry["points"] if p["mean"] is not None and p["value"] > 0)
-        x, y = [value for value, _ in points], [mean for _, mean in points]
-        line = Line(arms[entry["arm"]], entry["arm"], x, y, y, y, entry["chosen"])
-        groups.setdefault((entry["size"], entry["key"]), []).append(line)
-    for (size, setting), lines in groups.items():
-        chart = study_charts.lines_chart(lines, x_label=setting, y_label=y_label(report), log_x=True, marked=True)
-        if chart:
-            yield {"title": under(size, None), "chart": chart}
-
-
-# ---- inside the networks ----
-
-
-def health_panels(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """For every size and VAE: each quantity over depth, a line for every arm; the largest size first."""
-    places = {size["name"]: place for place, size in enumerate(report["sizes"])}
-    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    for entry in sorted(report["health"], key=lambda entry: (-places[entry["size"]], arms[entry["arm"]])):
-        groups.setdefault((entry["size"], entry["vae"]), []).append(entry)
-    for (size, vae), entries in groups.items():
-        plots = []
-        for field, title in LAYERS:
-            lines, share = [], field not in ("variance", "grad_norm")
-            for entry in entries:
-                points = [
-                    (layer["depth"], layer[field] * (100 if share else 1))
-                    for layer in entry["layers"]
-                    if layer[field] is not None
-                ]
-                x, y = [depth for depth, _ in points], [value for _, value in points]
-                lines.append(Line(arms[entry["arm"]], entry["arm"], x, y, y, y))
-            label = f"{title}, %" if share else title
-            chart = study_charts.lines_chart(lines, x_label="depth", y_label=label, marked=True, share=share)
-            if chart:
-                plots.append({"title": title, "chart": chart})
-        if plots:
-            yield {"title": under(size, vae), "plots": plots}
-
-
-def learned_panels(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For every arm that learns its curves: the curves and the densities of (t, B(t))."""
-    for entry in report["health"]:
-        plots = [
-            {"title": curve["name"], "note": f"{len(curve['channels'])} of {curve['num_channels']} channels",
-             "chart": charts.bezier_chart({"t_histogram": []} | curve, title=f"Learned curves of {curve['name']}")}
-            for curve in entry["curves"]
-        ]  # fmt: skip
-        plots += [
-            {"title": density["name"], "note": "density of (t, B(t))", "chart": study_charts.density(density)}
-            for density in entry["densities"]
-        ]
-        if plots:
-            yield {
-                "title": f"{under(entry['size'], entry['vae'])}: {entry['arm']}",
-                "run": entry["run"],
-                "plots": plots,
-            }
-
-
-def picture_groups(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """The pictures of one size and one VAE, and the arms that have any."""
-    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    for item in report["pictures"]:
-        groups.setdefault((item["size"], item["vae"]), []).append(item)
-    for (size, vae), items in groups.items():
-        shown = [name for name in arms if any(item["arms"].get(name) for item in items)]
-        with_input = any(item["input"] for item in items)
-        yield {"title": under(size, vae), "arms": shown, "items": items, "with_input": with_input}
