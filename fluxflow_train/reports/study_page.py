@@ -133,7 +133,7 @@ def effects_chart(report: dict[str, Any]) -> Markup | None:
         return None
     effects = [effect for effect in report["factorial"]["effects"] if effect["difference"] is not None]
     rows = [
-        difference_row(e, NO_ARM, e["label"], report["metric"]["unit"], e["p"] is not None and e["p"] < SIGNIFICANT)
+        difference_row(e, NO_ARM, e["name"], report["metric"]["unit"], e["p"] is not None and e["p"] < SIGNIFICANT)
         for e in effects
     ]
     return forest_of(rows, f"{y_label(report)}: → better") if rows else None
