@@ -1,4 +1,4 @@
-"""`python -m fluxflow_train.report runs=[A,B]`: finished runs side by side, where their reports compare."""
+"""`python -m fluxflow_train.report`: finished runs side by side (`runs=[A,B]`), or a study (`study=DIR`)."""
 
 from omegaconf import DictConfig
 
@@ -7,6 +7,13 @@ from fluxflow_train.cli import command
 
 @command("report")
 def main(cfg: DictConfig) -> None:
+    if cfg.study is not None:
+        from pathlib import Path
+
+        from fluxflow_train.studying import report
+
+        report(Path(cfg.study).expanduser())
+        return
     from fluxflow_train.comparing import compare
 
     compare(cfg)

@@ -9,14 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxflow_train.ablation import frozen as freezer
+from fluxflow_train.ablation.analysis import analyse
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.plan import Plan, Run, expand, load
+from fluxflow_train.ablation.targets import measure, missing
 from fluxflow_train.ablation.worker import Worker, progress, work_together
 from fluxflow_train.data.lock import held
 from fluxflow_train.errors import Stopped, UserError
 from fluxflow_train.freezing import freeze
 from fluxflow_train.reports.page import number
+from fluxflow_train.reports.study_page import write_study_report
+from fluxflow_train.run_directory import is_free
 
 console = Console(stderr=True)
 
@@ -45,8 +49,7 @@ def study(cfg: DictConfig) -> None:
         return
     frozen = frozen_in(folder, plan)
     ledger = Ledger(folder / FILE_NAME)
-    extra = [str(override) for override in cfg.overrides]
-    refuse_what_is_compared(extra)
+    extra = surroundings(cfg)
 
     def say(line: str) -> None:
         counts = progress(frozen, ledger, cfg.attempts)
@@ -55,7 +58,7 @@ def study(cfg: DictConfig) -> None:
 
     threads = cfg.threads or (max(1, (os.cpu_count() or 1) // cfg.workers) if cfg.workers > 1 else None)
     workers = [
-        Worker(frozen, folder, extra, names(plan, extra), threads, cfg.attempts, say) for _ in range(cfg.workers)
+        Worker(frozen, folder, extra, names(frozen, extra), threads, cfg.attempts, say) for _ in range(cfg.workers)
     ]
     try:
         work_together(workers)
@@ -65,7 +68,11 @@ def study(cfg: DictConfig) -> None:
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
     if counts["failed"]:
         console.print(f"attempts={cfg.attempts + 1} tries failed runs again", highlight=False)
-    write_report(folder)
+    with held(folder / ".lock", "measuring and reporting"):
+        for run in missing(frozen, ledger):
+            console.print(f"measuring {run.name} for the table of targets", highlight=False)
+            measure(run, folder, ledger)
+        report(folder)
 
 
 def frozen_in(folder: Path, plan: Plan) -> Frozen:
@@ -83,24 +90,47 @@ def frozen_in(folder: Path, plan: Plan) -> Frozen:
     return frozen
 
 
-def refuse_what_is_compared(extra: list[str]) -> None:
-    """Raises UserError for overrides that would make other runs than the plan's."""
-    free = ("trainer", "logger", "data.root", "data.num_workers", "latents_device", "callbacks", "budget.hours")
-    for override in extra:
-        key = override.partition("=")[0].lstrip("+~")
-        if key == "trainer.precision" or not any(key == name or key.startswith(f"{name}.") for name in free):
-            raise UserError(
-                f"overrides={override} would change what is compared: put it into the plan; free are {', '.join(free)}"
-            )
+def report(folder: Path) -> None:
+    """Write `report.json`, `report.html` and `report.md` of the study in the folder, from its ledger alone.
+
+    Raises:
+        UserError: there is no ledger in the folder.
+    """
+    found = analyse(Ledger(folder / FILE_NAME), f"python -m fluxflow_train.report study={folder}")
+    write_study_report(found, folder)
+    answer = found["answer"]
+    for line in (answer["headline"], *answer["sentences"][:8]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def names(plan: Plan, extra: list[str]) -> Callable[[Run], list[str]]:
+def surroundings(cfg: DictConfig) -> list[str]:
+    """Overrides of where and how the runs are made.
+
+    Raises:
+        UserError: one of them would make other runs than the plan's.
+    """
+    given = {"trainer": cfg.runs.trainer, "logger": cfg.runs.logger, "data.root": cfg.data.root}
+    extra = [f"{key}={value}" for key, value in given.items() if value is not None]
+    for override in cfg.runs.overrides:
+        key = str(override).partition("=")[0].lstrip("+~")
+        if not is_free(key) or key.startswith(("run", "evaluate", "vae", "callbacks")):
+            raise UserError(f"runs.overrides={override} would change what is compared: put it into the plan")
+        extra.append(str(override))
+    return extra
+
+
+def names(frozen: Frozen, extra: list[str]) -> Callable[[Run], list[str]]:
     """W&B's names of each run, where the runs are recorded there."""
     if "logger=wandb" not in extra:
         return lambda run: []
     from fluxflow_train.ablation.wandb_names import wandb_overrides
 
-    return lambda run: wandb_overrides(plan.name, run)
+    def of(run: Run) -> list[str]:
+        network = frozen.networks[run.arm][run.size] if run.arm and run.size else frozen.vaes[run.vae or ""]
+        return wandb_overrides(frozen.plan.name, run, parameters=network["parameters"], flops=network["flops"])
+
+    return of
 
 
 # ---- what a dry run prints ----

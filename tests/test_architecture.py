@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fluxflow_train"
 COMMANDS = {"__main__", "evaluate", "prepare", "cli", "run", "composing", "evaluating", "report", "comparing"}
+COMMANDS |= {"study", "studying", "freezing"}
 FORBIDDEN = {
     "models": {"lightning", "hydra", "omegaconf", "transformers", "fluxflow_train.tasks", "fluxflow_train.data"},
     "losses": {"lightning", "hydra", "omegaconf"},

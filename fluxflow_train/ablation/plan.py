@@ -1,4 +1,4 @@
-"""What a study compares, as a file that is fixed before its first run: `conf/study/*.yaml`, or any other by its path.
+"""What a study compares, as a file that is fixed before its first run: `conf/plans/*.yaml`, or any other by its path.
 
 A plan expands to runs. Each is the ordinary training command with overrides; its name says its place in the plan.
 """
@@ -16,7 +16,7 @@ from fluxflow_train.cli import config_folder
 from fluxflow_train.errors import UserError
 from fluxflow_train.evaluation.protocol import digest
 
-FOLDER = "study"
+FOLDER = "plans"
 MATCHINGS = ("parameters", "flops", "latency", "none")
 NAME = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
@@ -44,12 +44,13 @@ class Decision:
     """Fixed before the first run: what counts as which answer.
 
     Args:
-        size_ratio: the claim: the baselines need so many times more parameters for the same quality.
+        size_ratio: the claim: every baseline needs so many times the parameters for the same quality. None: no claim,
+            the question is whether there is a difference.
         margin: differences of the metric below it make two arms equal.
         confidence: of all intervals.
     """
 
-    size_ratio: float
+    size_ratio: float | None
     margin: float
     confidence: float
 
@@ -218,8 +219,11 @@ def parse(content: dict[str, Any], where: str) -> Plan:
         f"match={plan.match}: it is one of {', '.join(MATCHINGS)}": plan.match not in MATCHINGS,
         "metric.better is higher or lower": plan.metric.better not in ("higher", "lower"),
         "decision.confidence lies between 0 and 1": not 0 < plan.decision.confidence < 1,
-        "decision.margin and decision.size_ratio are positive": plan.decision.margin <= 0
-        or plan.decision.size_ratio <= 0,
+        "decision.margin is positive": plan.decision.margin <= 0,
+        "decision.size_ratio is positive, or null": plan.decision.size_ratio is not None
+        and plan.decision.size_ratio <= 0,
+        "a claim of a size ratio wants two sizes or more, and arms that are matched": plan.decision.size_ratio is not None
+        and (len(plan.sizes) < 2 or plan.match == "none"),
         "seeds must differ": len(set(plan.seeds)) < len(plan.seeds),
     }
     if plan.tuning is not None:

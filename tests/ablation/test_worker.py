@@ -1,0 +1,182 @@
+"""Who makes which run, and what the ledger keeps: with a training command that takes no time. See test_studying.py."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fluxflow_train import preemption
+from fluxflow_train.ablation.frozen import Frozen
+from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
+from fluxflow_train.ablation.worker import Worker, progress, work_together
+from fluxflow_train.errors import EXIT_STOPPED, Stopped
+from tests.ablation.studies import TUNING, VAES, frozen_of, plan_of
+
+
+class Quick(Worker):
+    """Its training command writes what a finished run leaves; `ends` says how a run ends instead, by name."""
+
+    ends: Callable[[str], tuple[int, str]] = staticmethod(lambda name: (0, ""))
+    seconds = 0.0
+
+    def train(self, directory: Path, overrides: list[str], lock: int) -> tuple[int, str]:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "made").open("a").write("x")
+        time.sleep(self.seconds)
+        code, said = self.ends(f"{directory.parent.name}/{directory.name}")
+        if code == 0:
+            rate = next((o.partition("=")[2] for o in overrides if o.startswith("scale.learning_rate=")), "0")
+            finish(directory, 20 + float(rate))
+        return code, said
+
+
+def finish(directory: Path, psnr: float) -> None:
+    results = [{"name": "psnr", "raw": psnr}, {"name": "rate_nats", "raw": 500.0}]
+    report = {"results": results, "status": "final", "status_reasons": [], "environment": {}, "figures": {}}
+    made = {"images_seen": 64, "seconds_training": 1.0, "command": "python", "git": "abc"}
+    (directory / "report.json").write_text(json.dumps(report))
+    (directory / "model.json").write_text(json.dumps({"sha256": "0", "provenance": made}))
+    (directory / "config.yaml").write_text("seed: 0")
+    (directory / "metrics.csv").write_text("images_seen,val/psnr\n32,19\n64,20\n")
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[..., Quick]:
+    def build(frozen: Frozen, attempts: int = 2) -> Quick:
+        ledger = Ledger(tmp_path / FILE_NAME)
+        if not ledger.events():
+            ledger.add("frozen", None, None, frozen.record())
+        return Quick(frozen, tmp_path, ["trainer=cpu"], lambda run: [f"+name={run.arm}"], 1, attempts, lambda line: None)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "_noted", [])
+
+
+def test_everything_is_made_once_trials_first(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(tuning=TUNING))
+    worker(frozen).work()
+    events = Ledger(tmp_path / FILE_NAME).events()
+    made = [event.run for event in events if event.event == "finished"]
+    assert made == [run.name for run in frozen.runs]
+    begun = {event.run: event.record["overrides"] for event in events if event.event == "begun"}
+    for run in frozen.runs:
+        rate = run.value if run.phase == "tune" else 0.004  # the best of the trials, as Quick has it
+        assert f"scale.learning_rate={rate}" in begun[run.name]
+        assert begun[run.name][-2:] == ["trainer=cpu", f"+name={run.arm}"]
+    worker(frozen).work()  # nothing is made again
+    assert len(Ledger(tmp_path / FILE_NAME).events()) == len(events)
+    assert progress(frozen, Ledger(tmp_path / FILE_NAME), 2) == {"finished": 12, "failed": 0, "pending": 0}
+
+
+def test_a_failure_is_kept_and_tried_again_and_hides_nothing(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of())
+    bad = worker(frozen)
+    bad.ends = lambda name: (1, "line\nerror: too many NaN") if name == "main/relu-m-seed0" else (0, "")
+    bad.work()
+    ledger = Ledger(tmp_path / FILE_NAME)
+    failed = [event for event in ledger.events() if event.event == "failed"]
+    assert [event.attempt for event in failed] == [1, 2] and "too many NaN" in failed[0].record["error"]
+    assert progress(frozen, ledger, 2) == {"finished": 7, "failed": 1, "pending": 0}
+    worker(frozen).work()
+    assert progress(frozen, ledger, 2)["failed"] == 1  # twice was enough
+    worker(frozen, attempts=3).work()
+    assert progress(frozen, ledger, 3) == {"finished": 8, "failed": 0, "pending": 0}
+
+
+def test_a_report_without_the_metric_is_a_failure(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(metric={"name": "kid", "label": "KID", "unit": "", "better": "lower", "split": "test"}))
+    worker(frozen, attempts=1).work()
+    errors = [event.record["error"] for event in Ledger(tmp_path / FILE_NAME).events() if event.event == "failed"]
+    assert len(errors) == 8 and "has no result kid: there are psnr, rate_nats" in errors[0]
+
+
+def test_a_diverging_trial_is_no_choice_and_stops_nothing(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(tuning=TUNING))
+    diverging = worker(frozen)
+    diverging.ends = lambda name: (1, "NaN") if "0.004" in name else (0, "")
+    diverging.work()
+    for event in Ledger(tmp_path / FILE_NAME).events():
+        if event.event == "finished" and event.record["phase"] == "main":
+            assert event.record["learning_rate"] == 0.001
+
+
+def test_flows_wait_for_their_vae_and_are_given_up_without_it(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(experiment="flow_bezier", vaes=VAES))
+    bad = worker(frozen)
+    bad.ends = lambda name: (1, "broken") if name == "vae/relu-seed0" else (0, "")
+    bad.work()
+    finished = Ledger(tmp_path / FILE_NAME).finished()
+    missing = {run.name for run in frozen.runs} - finished
+    assert missing == {"vae/relu-seed0"} | {f"main/{a}-{s}-on_relu-seed0" for a in ("bezier", "relu") for s in "sm"}
+
+
+def test_a_stop_is_no_failure(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of())
+    stopping = worker(frozen)
+    stopping.ends = lambda name: (EXIT_STOPPED, "SIGTERM") if name.endswith("seed1") else (0, "")
+    with pytest.raises(Stopped, match="main/bezier-s-seed1 was stopped"):
+        stopping.work()
+    worker(frozen).work()
+    ledger = Ledger(tmp_path / FILE_NAME)
+    assert progress(frozen, ledger, 1)["finished"] == 8 and ledger.failures() == {}
+    assert [e.attempt for e in ledger.events() if e.run == "main/bezier-s-seed1"] == [1, 1, 2, 2]
+
+
+def test_workers_share_the_runs(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(tuning=TUNING))
+    together = [worker(frozen) for _ in range(4)]
+    for each in together:
+        each.seconds = 0.05
+    work_together(together)
+    made = sorted((tmp_path / "runs").rglob("made"))
+    assert len(made) == len(frozen.runs) and all(path.read_text() == "x" for path in made)
+
+
+def killed_in_a_run(frozen: Frozen, folder: Path) -> None:
+    slow = Quick(frozen, folder, [], lambda run: [], 1, 2, lambda line: None)
+    slow.seconds = 60
+    slow.work()
+
+
+def test_a_killed_worker_leaves_its_run_to_others(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of())
+    worker(frozen)
+    process = multiprocessing.get_context("fork").Process(target=killed_in_a_run, args=(frozen, tmp_path))
+    process.start()
+    ledger = Ledger(tmp_path / FILE_NAME)
+    while len(ledger.events()) < 2:
+        time.sleep(0.02)
+    first = frozen.runs[0].name
+    other = worker(frozen)
+    assert not other.claim(frozen.runs[0])  # while it lives, it is its own
+    assert other.others_work(set())
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not other.others_work(set())
+    other.work()
+    events = [(e.event, e.attempt) for e in ledger.events() if e.run == first]
+    assert events == [("begun", 1), ("killed", 1), ("begun", 2), ("finished", 2)]
+    assert progress(frozen, ledger, 2)["finished"] == 8
+
+
+def test_a_signal_ends_all_workers(worker: Callable[..., Quick], monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = frozen_of(plan_of())
+    together = [worker(frozen) for _ in range(2)]
+    for each in together:
+        each.seconds = 0.3
+    timer = threading.Timer(0.2, lambda: preemption._noted.append("SIGTERM"))
+    timer.start()
+    with pytest.raises(Stopped):
+        work_together(together)
+    assert len(Ledger(together[0].folder / FILE_NAME).finished()) == 2  # what was under way came to its end
