@@ -3,14 +3,17 @@
 import csv
 import io
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import write_atomically
+from fluxflow_train.run_directory import RunDirectory
 
 FILE_NAME = "metrics.csv"
 CLOCK = "images_seen"
@@ -61,12 +64,36 @@ class CSVRecords(Logger):
 
 
 class WandbRecords(WandbLogger):
-    """Lightning's W&B logger with `images_seen` as the axis; a run directory that resumes resumes its W&B run."""
+    """Lightning's W&B logger with `images_seen` as the axis; a run directory that resumes resumes its W&B run.
 
-    def __init__(self, project: str, name: str, group: str, id: str, save_dir: str, offline: bool):
+    The config of the W&B run is the run directory's own, with `labels` beside it.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str,
+        group: str,
+        id: str,
+        save_dir: str,
+        offline: bool,
+        job_type: str,
+        tags: Sequence[str],
+        labels: Mapping[str, Any],
+    ):
+        config: Any = OmegaConf.to_container(RunDirectory(Path(save_dir)).config(), resolve=True)
         try:
             super().__init__(
-                project=project, name=name, group=group, id=id, save_dir=save_dir, offline=offline, resume="allow"
+                project=project,
+                name=name,
+                group=group,
+                id=id,
+                save_dir=save_dir,
+                offline=offline,
+                resume="allow",
+                job_type=job_type,
+                tags=list(tags),
+                config={**config, **labels},
             )
         except ModuleNotFoundError as error:
             raise UserError('logger=wandb needs wandb: pip install "fluxflow-train[wandb]"') from error
@@ -74,11 +101,15 @@ class WandbRecords(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.define_axis()
+        self.experiment.log(dict(metrics))
+
+    def define_axis(self) -> None:
+        """Every scalar against the images seen: Lightning's own step counts optimizers."""
         if not self._axis_defined:
             self.experiment.define_metric(CLOCK)
             self.experiment.define_metric("*", step_metric=CLOCK)
             self._axis_defined = True
-        self.experiment.log(dict(metrics))
 
 
 def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

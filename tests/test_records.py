@@ -1,6 +1,9 @@
 from pathlib import Path
 
-from fluxflow_train.records import CSVRecords, read
+import pytest
+
+from fluxflow_train.errors import UserError
+from fluxflow_train.records import CSVRecords, WandbRecords, read
 
 
 def test_columns_grow_and_empty_means_not_recorded(tmp_path: Path) -> None:
@@ -35,3 +38,10 @@ def test_row_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     resumed.drop_after(8)
     resumed.log_metrics({"images_seen": 16.0, "a": 3.0, "b": 4.0})
     assert path.read_text() == "images_seen,a,b\n8,1,2\n16,3,4\n"
+
+
+def test_without_wandb_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match=r"pip install \"fluxflow-train\[wandb\]\""):
+        WandbRecords("p", "n", "g", "id", str(tmp_path), offline=True, job_type="train", tags=[], labels={})

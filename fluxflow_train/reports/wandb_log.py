@@ -7,35 +7,24 @@ from typing import Any
 
 from PIL import Image
 
-from fluxflow_train.errors import UserError
+from fluxflow_train.records import WandbRecords
 
 PICTURES = ("captioned", "triples", "examples")  # of the kinds of reports, the first that it has
 
 
 def log_report(report: dict[str, Any], folder: Path, settings: Any) -> None:
-    """Go on with the W&B run of `settings`, the run's own logger: project, name, group, id, offline.
-
-    `folder` has the report's files; W&B's own are kept there too.
+    """Go on with the W&B run of `settings`, the run's own logger; `folder` has the report's files.
 
     Numbers are named `<protocol>/<result>`, with `/guidance-<scale>` where scales were swept.
 
     Raises:
         UserError: wandb is not installed.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("this run was logged to W&B: pip install 'fluxflow-train[wandb]'") from error
-    run = wandb.init(
-        project=settings.project,
-        name=settings.name,
-        group=settings.group,
-        id=settings.id,
-        dir=str(folder),
-        resume="allow",
-        mode="offline" if settings.offline else None,
-        job_type="evaluation",
-    )
+    records = WandbRecords(**{key: value for key, value in settings.items() if key != "_target_"})
+    import wandb
+
+    run = records.experiment
+    records.define_axis()
     try:
         name = report["protocol"]["id"]
         run.summary.update(numbers(report))
