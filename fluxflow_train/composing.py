@@ -166,7 +166,7 @@ def match_widths(cfg: DictConfig, saved: DictConfig | None = None) -> Matched | 
     for part, keys in matching.sizes.items():
         if keys[0] in model[part]:  # else the part is of one size, on both sides
             reference[part] = bezier_arm(model[part], matching.reference[part], keys)
-        reference[part] = OmegaConf.merge(reference[part], matching.reference_options.get(part, {}))
+        reference[part] = OmegaConf.merge(reference[part], (matching.reference_options or {}).get(part, {}))
     different = [
         part
         for part, keys in matching.sizes.items()

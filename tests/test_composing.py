@@ -255,3 +255,56 @@ def test_the_outside_baseline_and_the_other_backbone_compose(compose: Compose) -
         network = instantiate(plain(compose(text=("model/text=scratch",))).model)
     assert not network.text.backbone.frozen
     assert plain(compose("objective=v_prediction")).task.objective.num_timesteps == 1000
+
+
+# ---- other costs, other depths ----
+
+
+def test_a_baseline_may_be_held_to_several_times_the_bezier_arm(config: Compose) -> None:
+    cfg = config("+experiment=vae_relu", "match_ratio=2.5", small=False)
+    matched = match_widths(cfg)
+    assert matched is not None
+    reference, ours = (parameters(network) for network in matched[:2])
+    for part in ("encoder", "decoder", "total"):
+        assert abs(ours[part] / reference[part] / 2.5 - 1) < 0.01
+    bezier = config("+experiment=vae_bezier", "match_ratio=0.5", small=False)  # the arm itself, made smaller
+    halved = match_widths(bezier)
+    assert halved is not None
+    assert abs(parameters(halved.network)["total"] / parameters(halved.reference)["total"] / 0.5 - 1) < 0.01
+
+
+@pytest.mark.parametrize(("depth", "needs_width"), [(3, False), (6, False), (20, True)])
+def test_a_baseline_of_another_depth(
+    config: Compose, vae_run: Path, wide_backbone_folder: Path, depth: int, needs_width: bool
+) -> None:
+    """The MLPs' width makes up for the layers; where these alone are too large, the tokens' width gives way too."""
+    text = ("model/text=distilbert", f"model.text.backbone.checkpoint.path={wide_backbone_folder}")
+    options = (f"vae={vae_run}", *text, f"model.flow.depth={depth}", "matching.reference_options={flow:{depth:4}}")
+    cfg = config("+experiment=flow_relu", *options, small=False)
+    bind_vae(cfg)
+    matched: Any = match_widths(cfg)
+    reference, ours = (parameters(network) for network in matched[:2])
+    assert abs(ours["flow"] / reference["flow"] - 1) < 0.01
+    assert (len(matched.network.flow.blocks), len(matched.reference.flow.blocks)) == (depth, 4)
+    assert (cfg.model.flow.width != cfg.scale.flow.width) == needs_width
+    assert cfg.model.flow.width % (4 * cfg.model.flow.num_heads) == 0
+
+
+def test_what_no_width_can_reach_is_refused(config: Compose) -> None:
+    with pytest.raises(UserError, match="bring the parameters of decoder within 0.10%") as error:
+        match_widths(config("+experiment=vae_relu", "match_tolerance=0.001", "scale.vae.encoder_widths=[12,32,64]"))
+    assert "\n" not in str(error.value)
+
+
+def test_latency_is_measured_and_a_resumed_run_keeps_its_widths(config: Compose) -> None:
+    """A wide tolerance: what is tested is that the search ends near it on any machine, however busy."""
+    options = ("+experiment=vae_relu", "match=latency", "match_tolerance=0.8")
+    cfg = config(*options, "scale.vae.encoder_widths=[16,32,64]", "scale.vae.decoder_widths=[64,32,16]")
+    matched = match_widths(cfg)
+    assert matched is not None and set(matched.residuals) == {"total"} and abs(matched.residuals["total"]) < 0.8
+    assert all(width % cfg.scale.vae.norm_groups == 0 for width in cfg.model.encoder.widths)
+    again = config(*options)
+    assert match_widths(again, saved=cfg) is None
+    assert again.model.encoder.widths == cfg.model.encoder.widths
+    with pytest.raises(UserError, match="no widths bring the latency on cpu within 0.00%"):
+        match_widths(config("+experiment=vae_relu", "match=latency", "match_tolerance=0.0"))

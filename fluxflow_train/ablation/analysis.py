@@ -143,6 +143,7 @@ def cells(results: Results, chosen: list[tuning.Curve]) -> list[Record]:
                 "flops": network["flops"],
                 "activation_bytes": network["activation_bytes"],
                 "residual": network["residual"],
+                "cost": network["cost"],
                 "learning_rate": tuning.chosen(chosen, arm, frozen.tuned_size(size)),
                 **{key: mean_of(records, key) for key in ("seconds", "memory_mib", "rate_nats")},
                 "images_per_second": mean_of(records, "images_seen", per="seconds"),

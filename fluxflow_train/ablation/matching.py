@@ -23,6 +23,7 @@ Steps = Mapping[str, np.ndarray]  # by component: what its widths are multiples 
 ROUNDS = 4  # polynomial, choice, confirmation: one round is enough if the count is quadratic
 FREE_ENTRIES = 6  # only the last entries of a long list move on their own
 MAX_CANDIDATES = 20_000  # this many lists are ranked, so entries of a short list move further
+FARTHEST = 64  # steps that one entry moves
 
 
 class Match(NamedTuple):
@@ -181,7 +182,7 @@ def _nearest(
         low, high = (middle, high) if count(middle * shape) < target else (low, middle)
     exact = high * shape
     free = min(len(shape), FREE_ENTRIES)
-    reach = min(int((MAX_CANDIDATES ** (1 / free) - 1) / 2), 12)
+    reach = min(int((MAX_CANDIDATES ** (1 / free) - 1) / 2), FARTHEST)
     offsets = np.array(list(itertools.product(range(-reach, reach + 1), repeat=free)))
     offsets = np.pad(offsets, ((0, 0), (len(shape) - free, 0)))
     candidates = np.maximum(rounded(exact, granularity) + granularity * offsets, granularity)
