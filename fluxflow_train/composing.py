@@ -55,7 +55,11 @@ def open_run(cfg: DictConfig, lock: bool = True) -> tuple[RunDirectory, DictConf
     if saved is None:
         directory.create(cfg, overrides)
         if matched is not None:
-            table = render(residual_table(matched.reference, matched.network, instantiate(plain(cfg.matching.inputs)), device="cpu"))
+            table = render(
+                residual_table(
+                    matched.reference, matched.network, instantiate(plain(cfg.matching.inputs)), device="cpu"
+                )
+            )
             write_atomically(directory.path / "match.txt", f"{table}\n".encode())
             ratio = "" if cfg.match_ratio == 1 else f" at {cfg.match_ratio:g} times its cost"
             console.print(f"matched to the Bezier arm by {cfg.match}{ratio}:\n{table}", highlight=False, soft_wrap=True)

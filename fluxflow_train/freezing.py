@@ -17,15 +17,17 @@ from fluxflow_train.ablation.plan import Plan
 from fluxflow_train.cli import one_line, suggestion
 from fluxflow_train.composing import match_widths, plain
 from fluxflow_train.errors import UserError
-from fluxflow_train.hardware import device_of
+from fluxflow_train.hardware import device_of, fastest_precision
 from fluxflow_train.reports.protocol import environment
 
 TIMED_BATCH = 16  # at most, so that large networks can be timed on small machines
 AXES = {"parameters": "parameters", "flops": "FLOPs per image", "latency": "seconds per image", "none": "parameters"}
 
 
-def freeze(plan: Plan, timed: bool = False) -> Frozen:
-    """Solve all networks of the plan; with `timed`, `seconds_per_image` of a training step is measured on this machine.
+def freeze(plan: Plan, trainer: str | None = None, timed: bool = False) -> Frozen:
+    """Solve all networks of the plan, and fix the precision of its runs to what `trainer` has on this machine.
+
+    With `timed`, `seconds_per_image` of a training step is measured on this machine.
 
     Raises:
         UserError: an override of the plan is none, or widths can't be matched; the message names arm and size.
@@ -34,7 +36,9 @@ def freeze(plan: Plan, timed: bool = False) -> Frozen:
     vae_model: DictConfig | None = None
     if plan.vaes is not None:
         for name, own in plan.vaes.arms.items():
-            cfg = composed(plan, f"vaes.arms.{name}", [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *own])
+            cfg = composed(
+                plan, f"vaes.arms.{name}", [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *own]
+            )
             vaes[name], model = solved(cfg, f"VAE {name}", timed)
             vae_model = vae_model or model
     networks: dict[str, dict[str, dict[str, Any]]] = {}
@@ -46,7 +50,17 @@ def freeze(plan: Plan, timed: bool = False) -> Frozen:
             if vae_model is not None:
                 hang_on(cfg, vae_model)
             networks[arm][size], _ = solved(cfg, f"arm {arm} at size {size}", timed)
-    origin = {"git": provenance.git_state(), "environment": environment(torch.device("cpu")), "axis": AXES[plan.match]}
+    own = [f"+experiment={plan.experiment}", *plan.overrides, *([] if trainer is None else [f"trainer={trainer}"])]
+    cfg = composed(plan, "overrides", own)
+    precision = cfg.trainer.precision
+    if precision == "auto":
+        precision = fastest_precision(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
+    origin = {
+        "git": provenance.git_state(),
+        "environment": environment(torch.device("cpu")),
+        "axis": AXES[plan.match],
+        "precision": precision,
+    }
     return Frozen(plan, networks, vaes, origin)
 
 

@@ -43,11 +43,11 @@ def study(cfg: DictConfig) -> None:
     if cfg.dry_run:
         if (already := freezer.read(Ledger(folder / FILE_NAME))) is not None:
             freezer.refuse_another(already, plan, folder)
-        frozen = freeze(plan, timed=True)
+        frozen = freeze(plan, cfg.runs.trainer, timed=True)
         show(frozen)
         console.print(f"{len(frozen.runs)} runs: {counted(plan)}; about {duration(frozen)} one by one", highlight=False)
         return
-    frozen = frozen_in(folder, plan)
+    frozen = frozen_in(folder, plan, cfg.runs.trainer)
     ledger = Ledger(folder / FILE_NAME)
     extra = surroundings(cfg)
 
@@ -75,14 +75,14 @@ def study(cfg: DictConfig) -> None:
         report(folder)
 
 
-def frozen_in(folder: Path, plan: Plan) -> Frozen:
+def frozen_in(folder: Path, plan: Plan, trainer: str | None) -> Frozen:
     """What is frozen in the folder; by this command, where none was."""
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / FILE_NAME)
     with held(folder / ".lock", "freezing the plan"):
         frozen = freezer.read(ledger)
         if frozen is None:
-            frozen = freeze(plan)
+            frozen = freeze(plan, trainer)
             ledger.add("frozen", None, None, frozen.record())
             show(frozen)
     freezer.refuse_another(frozen, plan, folder)
@@ -146,7 +146,12 @@ def show(frozen: Frozen) -> None:
     for arm, size, net in rows:
         count = sum((r.arm or "VAE", r.size or r.vae) == (arm, size) for r in frozen.runs)
         memory = net["activation_bytes"] * net["batch_size"] + BYTES * net["parameters"]
-        cells = (f"{net['parameters']:,}", number(net["flops"]), f"{net['residual']:+.2%}", f"{memory / 2**20:,.0f} MiB")
+        cells = (
+            f"{net['parameters']:,}",
+            number(net["flops"]),
+            f"{net['residual']:+.2%}",
+            f"{memory / 2**20:,.0f} MiB",
+        )
         shown.add_row(arm, size, str(count), *cells)
     console.print(shown)
     console.print("FLOPs: forward, per image; memory: of training, in fp32, calculated", highlight=False)

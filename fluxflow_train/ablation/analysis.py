@@ -233,7 +233,11 @@ def ratios(results: Results) -> list[Record]:
         strict = size_ratio(*quality, costs, 1 - (1 - plan.decision.confidence) / len(plan.baselines))
         ends = costs[[0, -1]]
         lines = [
-            {"arm": arm, "x": ends.tolist(), "y": (results.sign * (start + ratio.slope.estimate * np.log(ends))).tolist()}
+            {
+                "arm": arm,
+                "x": ends.tolist(),
+                "y": (results.sign * (start + ratio.slope.estimate * np.log(ends))).tolist(),
+            }
             for arm, start in ((plan.candidate, ratio.intercept_a), (baseline, ratio.intercept_b))
         ]
         found.append(
@@ -338,23 +342,27 @@ def run_row(frozen: Frozen, run: Run, events: list[Any], record: Record | None) 
     failed = bool(own) and own[-1].event == "failed"
     network = frozen.networks[run.arm][run.size] if run.arm and run.size else frozen.vaes[run.vae or ""]
     taken: Callable[[str], Any] = lambda key: None if record is None else record.get(key)  # noqa: E731
-    return {
-        "name": run.name,
-        "phase": run.phase,
-        "arm": run.arm,
-        "size": run.size,
-        "seed": run.seed,
-        "vae": run.vae,
-        "value": run.value,
-        "status": "finished" if record is not None else "failed" if failed else "pending",
-        "attempts": sum(event.event == "begun" for event in own),
-        "directory": f"runs/{run.name}",
-        "parameters": network["parameters"],
-    } | {
-        key: taken(key)
-        for key in ("metric", "report_status", "learning_rate", "seconds", "memory_mib", "images_seen")
-        + ("weights_sha256", "config_sha256", "host")
-    } | {"command": taken("command") or ""}
+    return (
+        {
+            "name": run.name,
+            "phase": run.phase,
+            "arm": run.arm,
+            "size": run.size,
+            "seed": run.seed,
+            "vae": run.vae,
+            "value": run.value,
+            "status": "finished" if record is not None else "failed" if failed else "pending",
+            "attempts": sum(event.event == "begun" for event in own),
+            "directory": f"runs/{run.name}",
+            "parameters": network["parameters"],
+        }
+        | {
+            key: taken(key)
+            for key in ("metric", "report_status", "learning_rate", "seconds", "memory_mib", "images_seen")
+            + ("weights_sha256", "config_sha256", "host")
+        }
+        | {"command": taken("command") or ""}
+    )
 
 
 def failures(events: list[Any]) -> list[Record]:

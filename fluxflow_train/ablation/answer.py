@@ -81,7 +81,9 @@ def difference_words(row: Record, plan: Plan) -> str:
     value = f"{row['difference']:+.3g} {plan.metric.unit}".strip()
     if row["low"] is None:
         return f"{who}{value} ({row['n']} seed{'s' if row['n'] > 1 else ''}: no interval)."
-    detectable = "" if row["detectable"] is None else f"; {row['n']} seeds see {measured(row['detectable'], plan)} or more"
+    detectable = (
+        "" if row["detectable"] is None else f"; {row['n']} seeds see {measured(row['detectable'], plan)} or more"
+    )
     return f"{who}{value} ({row['low']:+.3g} to {row['high']:+.3g}{detectable})."
 
 

@@ -35,7 +35,10 @@ def curves(results: "Results") -> list[Record]:
         seconds = np.mean([record["seconds"] / record["images_seen"] for record in records])
         found.append(
             {"arm": arm, "size": size, "vae": vae, "name": name, "images": images}
-            | {key: getattr(values, how)(0).tolist() for key, how in (("mean", "mean"), ("low", "min"), ("high", "max"))}
+            | {
+                key: getattr(values, how)(0).tolist()
+                for key, how in (("mean", "mean"), ("low", "min"), ("high", "max"))
+            }
             | {"flops_per_image": float(TRAINING * results.frozen.networks[arm][size]["flops"])}
             | {"seconds_per_image": float(seconds)}
         )
@@ -143,7 +146,9 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
         )
     bent = [row["baseline"] for row in report["ratios"] if excludes_zero(row["curvature"])]
     if bent:
-        found.append(f"Quality is not straight in log size against {', '.join(bent)}: the ratio holds between these sizes only.")
+        found.append(
+            f"Quality is not straight in log size against {', '.join(bent)}: the ratio holds between these sizes only."
+        )
     turned = [row["baseline"] for row in report["ratios"] if excludes_zero(row["slope_difference"])]
     if turned:
         found.append(f"The slopes of the two arms differ against {', '.join(turned)}: the ratio depends on the size.")

@@ -222,7 +222,8 @@ def parse(content: dict[str, Any], where: str) -> Plan:
         "decision.margin is positive": plan.decision.margin <= 0,
         "decision.size_ratio is positive, or null": plan.decision.size_ratio is not None
         and plan.decision.size_ratio <= 0,
-        "a claim of a size ratio wants two sizes or more, and arms that are matched": plan.decision.size_ratio is not None
+        "a claim of a size ratio wants two sizes or more, and arms that are matched": plan.decision.size_ratio
+        is not None
         and (len(plan.sizes) < 2 or plan.match == "none"),
         "seeds must differ": len(set(plan.seeds)) < len(plan.seeds),
     }

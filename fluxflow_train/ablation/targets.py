@@ -61,7 +61,10 @@ def inference(directory: Path) -> dict[str, Row]:
         "note": f"all of the exported model, {', '.join(frozen)} included" if frozen else "all of the exported model",
     }
     if "vae" not in description["architecture"]:
-        return {"parameters": parameters, "seconds": {"value": None, "note": "a VAE alone draws no pictures from noise"}}
+        return {
+            "parameters": parameters,
+            "seconds": {"value": None, "note": "a VAE alone draws no pictures from noise"},
+        }
     pipeline = Pipeline.from_run(directory)
     started = time.perf_counter()
     pipeline("a picture", height=SIDE, width=SIDE, num_inference_steps=STEPS)

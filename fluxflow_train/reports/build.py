@@ -38,6 +38,7 @@ def evaluate_vae(
     device: torch.device | str,
     seed: int,
     provenance: dict[str, Any],
+    with_features: bool = True,
 ) -> dict[str, Any]:
     """The report on `vae` over the whole of `split`, in fp32, on one process; the module's mode is left as it was.
 
@@ -47,13 +48,15 @@ def evaluate_vae(
             say the dictionaries "model" (experiment, images_seen, checkpoint, ema, ...), "reference" (dataset, licence,
             manifest hash, ...), "environment" (git, ...) and "cost" (seconds_training, ...), merged into the report's
             own; their values are plain JSON.
+        with_features: measure feature distances, most of the time of a small report, where their extractor is installed.
     """
     device = torch.device(device)
     was_training = vae.training
     vae = vae.to(device).eval()
     try:
-        evidence = measure(vae, data, split, device, seed)
-        return report_of(vae, evidence, run_dir, split, device, seed, provenance)
+        extractor = features.EfficientNetLite0().to(device) if with_features and features.available() else None
+        evidence = measure(vae, data, split, device, seed, extractor)
+        return report_of(vae, evidence, run_dir, split, device, seed, provenance, with_features)
     finally:
         vae.train(was_training)
 
@@ -73,10 +76,16 @@ class Evidence:
     cost: dict[str, float]
 
 
-def measure(vae: nn.Module, data: EvaluationData, split: Split, device: torch.device, seed: int) -> Evidence:
+def measure(
+    vae: nn.Module,
+    data: EvaluationData,
+    split: Split,
+    device: torch.device,
+    seed: int,
+    extractor: features.EfficientNetLite0 | None,
+) -> Evidence:
     """Draw training images, fit the PCA, reconstruct the split."""
     memory = memory_of_a_batch(vae, data, split, device)
-    extractor = features.EfficientNetLite0().to(device) if features.available() else None
     expected, num_train = data.num_samples(split), data.num_samples("train")
     num_features = PROJECTION_IMAGES + min(expected, MAX_FLOOR)
     cost: dict[str, float] = {}
@@ -109,20 +118,21 @@ def report_of(
     device: torch.device,
     seed: int,
     provenance: dict[str, Any],
+    with_features: bool,
 ) -> dict[str, Any]:
     """The dictionary that becomes `report.json`."""
     measured = evidence.measured
     results, estimator = reconstruction_results(measured, evidence.pca, len(evidence.train.images), evidence.shape)
     warnings: list[str] = []
-    if evidence.extractor is None:
+    if evidence.extractor is None and with_features:
         warnings.append(f"no feature distances: the extractor is not installed ({features.REMEDY})")
-    else:
+    elif evidence.extractor is not None:
         more, more_estimator, warnings = feature_results(measured, evidence.train.features, seed)
         results, estimator = results + more, estimator | more_estimator
     results += cost_results(vae, measured, evidence.memory, device)
     checks = run_checks(measured, evidence.expected)
     model = describe(vae, evidence.latent_shape) | provenance.get("model", {})
-    status, reasons = status_of(checks, model, evidence.expected, evidence.extractor is not None)
+    status, reasons = status_of(checks, model, evidence.expected, evidence.extractor is not None or not with_features)
     reference = {"split": split, "images": evidence.expected, "keys_sha256": protocol.digest(measured.keys)}
     return {
         "schema": SCHEMA,
@@ -131,7 +141,7 @@ def report_of(
         "status_reasons": reasons,
         "command": provenance["command"],
         "results": results,
-        "protocol": protocol.vae_protocol(split, *evidence.shape, seed),
+        "protocol": protocol.vae_protocol(split, *evidence.shape, seed, with_features),
         "reference": reference | provenance.get("reference", {}),
         "samples": {
             "expected": evidence.expected,

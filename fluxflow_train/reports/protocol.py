@@ -17,7 +17,7 @@ from fluxflow_train.metrics import features, reconstruction
 PACKAGES = ("torch", "torchmetrics", "numpy", "lightning")
 
 
-def vae_protocol(split: str, height: int, width: int, seed: int) -> dict[str, Any]:
+def vae_protocol(split: str, height: int, width: int, seed: int, with_features: bool) -> dict[str, Any]:
     """Two reports compare only where this agrees; `hash` covers everything else in it."""
     protocol: dict[str, Any] = {
         "id": "vae-reconstruction/v1",
@@ -30,7 +30,7 @@ def vae_protocol(split: str, height: int, width: int, seed: int) -> dict[str, An
         "ssim": reconstruction.SSIM | {"border": "reflected, counted", "implementation": "torchmetrics, float32"},
         "posterior": "mean (eps = 0); psnr_sampled draws eps from (seed, 'eval-eps', index)",
         "precision": "float32, autocast and TF32 off",
-        "features": f"{features.NAME}, {features.RESIZE}",
+        "features": f"{features.NAME}, {features.RESIZE}" if with_features else "none",
     }
     return protocol | {"hash": digest([json.dumps(protocol, sort_keys=True)])}
 

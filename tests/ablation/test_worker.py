@@ -52,7 +52,9 @@ def worker(tmp_path: Path) -> Callable[..., Quick]:
         ledger = Ledger(tmp_path / FILE_NAME)
         if not ledger.events():
             ledger.add("frozen", None, None, frozen.record())
-        return Quick(frozen, tmp_path, ["trainer=cpu"], lambda run: [f"+name={run.arm}"], 1, attempts, lambda line: None)
+        return Quick(
+            frozen, tmp_path, ["trainer=cpu"], lambda run: [f"+name={run.arm}"], 1, attempts, lambda line: None
+        )
 
     return build
 
