@@ -291,7 +291,7 @@ def test_a_baseline_of_another_depth(
 
 
 def test_what_no_width_can_reach_is_refused(config: Compose) -> None:
-    with pytest.raises(UserError, match="bring the parameters of decoder within 0.10%") as error:
+    with pytest.raises(UserError, match=r"bring the parameters of decoder within 0\.10%") as error:
         match_widths(config("+experiment=vae_relu", "match_tolerance=0.001", "scale.vae.encoder_widths=[12,32,64]"))
     assert "\n" not in str(error.value)
 
@@ -306,5 +306,5 @@ def test_latency_is_measured_and_a_resumed_run_keeps_its_widths(config: Compose)
     again = config(*options)
     assert match_widths(again, saved=cfg) is None
     assert again.model.encoder.widths == cfg.model.encoder.widths
-    with pytest.raises(UserError, match="no widths bring the latency on cpu within 0.00%"):
+    with pytest.raises(UserError, match=r"no widths bring the latency on cpu within 0\.00%"):
         match_widths(config("+experiment=vae_relu", "match=latency", "match_tolerance=0.0"))

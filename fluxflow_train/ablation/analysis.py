@@ -1,56 +1,18 @@
-"""From a study's ledger alone to the dictionary that its report is rendered from (schema study_report/v1).
+"""From a study's ledger alone to the dictionary that its report is rendered from (schema study_report/v1)."""
 
-S seeds, K sizes. Signs: a difference is positive where the candidate is better, whichever way the metric points.
-"""
+from typing import Any
 
-import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from fluxflow_train.ablation import statistics, tuning
+from fluxflow_train.ablation import tuning
 from fluxflow_train.ablation.answer import answer
-from fluxflow_train.ablation.frozen import Frozen, read
-from fluxflow_train.ablation.ledger import ENDS, Ledger
+from fluxflow_train.ablation.comparisons import cells, comparisons, factorial, rate_distortions, ratios
+from fluxflow_train.ablation.frozen import read
+from fluxflow_train.ablation.history import failures, run_row, trials_row
+from fluxflow_train.ablation.ledger import Ledger
 from fluxflow_train.ablation.overview import curves, health, pictures, provenance, targets, warnings
-from fluxflow_train.ablation.plan import Run
-from fluxflow_train.ablation.rate_distortion import rate_distortion, rates_agree
-from fluxflow_train.ablation.size_ratio import size_ratio
+from fluxflow_train.ablation.results import gathered
 from fluxflow_train.errors import UserError
 
 SCHEMA = "study_report/v1"
-
-Record = dict[str, Any]
-
-
-class Results(NamedTuple):
-    """The finished runs that are compared, by (arm, size, vae, seed); `sign` makes higher the better."""
-
-    frozen: Frozen
-    records: dict[tuple[str, str, str | None, int], Record]
-    names: dict[tuple[str, str, str | None, int], str]
-    sign: float
-
-    @property
-    def vaes(self) -> list[str | None]:
-        plan = self.frozen.plan
-        return [None] if plan.vaes is None else list(plan.vaes.arms)
-
-    @property
-    def sizes(self) -> list[str]:
-        """Ascending by cost."""
-        return sorted(self.frozen.plan.sizes, key=self.frozen.cost)
-
-    def seeds(self, arms: list[str], sizes: list[str], vaes: list[str | None]) -> list[int]:
-        """The seeds for which all of these finished."""
-        wanted = list(itertools.product(arms, sizes, vaes))
-        return [s for s in self.frozen.plan.seeds if all((*cell, s) in self.records for cell in wanted)]
-
-    def quality(self, arm: str, sizes: list[str], vae: str | None, seeds: list[int], key: str = "metric") -> np.ndarray:
-        """(S, K), higher is better."""
-        sign = self.sign if key == "metric" else 1.0
-        return np.array([[sign * self.records[arm, size, vae, seed][key] for size in sizes] for seed in seeds])
 
 
 def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
@@ -65,10 +27,7 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     events = ledger.events()
     finished = {event.run: event.record for event in events if event.event == "finished" and event.run}
     plan = frozen.plan
-    mains = [run for run in frozen.runs if run.phase == "main" and run.name in finished]
-    places = {(run.arm or "", run.size or "", run.vae, run.seed): run.name for run in mains}
-    records = {place: finished[name] for place, name in places.items()}
-    results = Results(frozen, records, places, 1.0 if plan.metric.better == "higher" else -1.0)
+    results = gathered(frozen, finished)
     trials = {name: record["metric"] for name, record in finished.items() if record["phase"] == "tune"}
     chosen = tuning.choose(plan, trials)
     runs = [run_row(frozen, run, events, finished.get(run.name)) for run in frozen.runs]
@@ -104,7 +63,7 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
         "ratios": ratios(results),
         "rate_distortion": rate_distortions(results),
         "factorial": factorial(results),
-        "tuning": [curve_row(frozen, curve) for curve in chosen],
+        "tuning": [trials_row(frozen, curve) for curve in chosen],
         "curves": curves(results),
         "health": health(results),
         "pictures": pictures(results),
@@ -116,271 +75,3 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     report["answer"] = answer(report, plan)
     report["warnings"] = warnings(report, finished, plan)
     return report
-
-
-# ---- what is compared ----
-
-
-def cells(results: Results, chosen: list[tuning.Curve]) -> list[Record]:
-    """Every arm at every size on every VAE: its mean over seeds with the interval, and what it costs."""
-    frozen, found = results.frozen, []
-    for size, vae, arm in itertools.product(results.sizes, results.vaes, frozen.plan.arms):
-        seeds = results.seeds([arm], [size], [vae])
-        network, records = frozen.networks[arm][size], [results.records[arm, size, vae, seed] for seed in seeds]
-        values = [record["metric"] for record in records]
-        interval = statistics.mean_interval(values, frozen.plan.decision.confidence) if values else None
-        found.append(
-            {
-                "arm": arm,
-                "size": size,
-                "vae": vae,
-                "n": len(seeds),
-                "mean": interval and interval.estimate,
-                "low": finite(interval and interval.low),
-                "high": finite(interval and interval.high),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "parameters": network["parameters"],
-                "flops": network["flops"],
-                "activation_bytes": network["activation_bytes"],
-                "residual": network["residual"],
-                "cost": network["cost"],
-                "learning_rate": tuning.chosen(chosen, arm, frozen.tuned_size(size)),
-                **{key: mean_of(records, key) for key in ("seconds", "memory_mib", "rate_nats")},
-                "images_per_second": mean_of(records, "images_seen", per="seconds"),
-                "runs": [results.names[arm, size, vae, seed] for seed in seeds],
-            }
-        )
-    return found
-
-
-def mean_of(records: list[Record], key: str, per: str | None = None) -> float | None:
-    values = [record[key] / (record[per] if per else 1) for record in records if record.get(key) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def pairs(results: Results) -> list[tuple[str, str | None]]:
-    """Each baseline the candidate is held against, on each VAE."""
-    return list(itertools.product(results.frozen.plan.baselines, results.vaes))
-
-
-def comparisons(results: Results) -> list[Record]:
-    """Paired differences over seeds: first of the mean over all sizes, then size by size; Holm within each of the two."""
-    rows = []
-    scopes: list[str | None] = [None, *results.sizes] if len(results.sizes) > 1 else [None]
-    for scope in scopes:
-        sizes = results.sizes if scope is None else [scope]
-        for baseline, vae in pairs(results):
-            rows.append(compare(results, baseline, vae, scope, sizes))
-    for family in ([row for row in rows if row["size"] is None], [row for row in rows if row["size"] is not None]):
-        p_values = [float("nan") if row["p"] is None else row["p"] for row in family]
-        for row, adjusted in zip(family, statistics.holm(p_values).tolist() if family else [], strict=True):
-            row["p_holm"] = finite(adjusted)
-            row["verdict"] = verdict(row, results.frozen.plan.decision.confidence)
-    return rows
-
-
-def compare(results: Results, baseline: str, vae: str | None, scope: str | None, sizes: list[str]) -> Record:
-    plan = results.frozen.plan
-    seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
-    row: Record = {"arm": plan.candidate, "baseline": baseline, "size": scope, "vae": vae, "n": len(seeds)}
-    row |= {"margin": plan.decision.margin, "p_holm": None, "verdict": "no data"}
-    names = ("difference", "low", "high", "p", "correlation", "detectable", "equivalent", "p_equivalent")
-    if not seeds:
-        return row | dict.fromkeys((*names, "rates_agree"))
-    ours, theirs = (results.quality(arm, sizes, vae, seeds).mean(1) for arm in (plan.candidate, baseline))
-    paired = statistics.paired_difference(ours, theirs, plan.decision.confidence)
-    equal = statistics.equivalence(ours, theirs, plan.decision.margin, 1 - plan.decision.confidence)
-    values = (paired.difference, paired.low, paired.high, paired.p_value, paired.correlation)
-    values += (paired.minimum_detectable_effect,)
-    row |= dict(zip(names, map(finite, values), strict=False))
-    row |= {"equivalent": bool(equal.equivalent), "p_equivalent": finite(equal.p_value)}
-    return row | {"rates_agree": agreement(results, baseline, vae, sizes, seeds)}
-
-
-def agreement(results: Results, baseline: str, vae: str | None, sizes: list[str], seeds: list[int]) -> bool | None:
-    """Whether the two arms' rates agree; None where the metric has none."""
-    arms = (results.frozen.plan.candidate, baseline)
-    if any(results.records[arm, size, vae, s]["rate_nats"] is None for arm in arms for size in sizes for s in seeds):
-        return None
-    ours, theirs = (results.quality(arm, sizes, vae, seeds, "rate_nats") for arm in arms)
-    return bool(rates_agree(ours, theirs))
-
-
-def verdict(row: Record, confidence: float) -> str:
-    """better or worse (significant after Holm), equal (within the margin), both told apart, else undecided."""
-    if row["n"] == 0:
-        return "no data"
-    if row["equivalent"]:
-        return "equal"
-    if row["p_holm"] is not None and row["p_holm"] < 1 - confidence:
-        return "better" if row["difference"] > 0 else "worse"
-    return "undecided"
-
-
-def ratios(results: Results) -> list[Record]:
-    """How many times the cost each baseline needs for the candidate's quality."""
-    plan, sizes, found = results.frozen.plan, results.sizes, []
-    if len(sizes) < 2 or plan.match == "none":
-        return []
-    costs = np.array([results.frozen.cost(size) for size in sizes])
-    for baseline, vae in pairs(results):
-        seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
-        if not seeds:
-            continue
-        quality = [results.quality(arm, sizes, vae, seeds) for arm in (plan.candidate, baseline)]
-        ratio = size_ratio(*quality, costs, plan.decision.confidence)
-        # Refuting one of several baselines is one of several chances to err; supporting against all of them is not.
-        strict = size_ratio(*quality, costs, 1 - (1 - plan.decision.confidence) / len(plan.baselines))
-        ends = costs[[0, -1]]
-        lines = [
-            {
-                "arm": arm,
-                "x": ends.tolist(),
-                "y": (results.sign * (start + ratio.slope.estimate * np.log(ends))).tolist(),
-            }
-            for arm, start in ((plan.candidate, ratio.intercept_a), (baseline, ratio.intercept_b))
-        ]
-        found.append(
-            {
-                "arm": plan.candidate,
-                "baseline": baseline,
-                "vae": vae,
-                "n": len(seeds),
-                "ratio": finite(ratio.ratio),
-                "low": finite(ratio.low),
-                "high": finite(ratio.high),
-                "high_simultaneous": finite(strict.high) if strict.bounded else None,
-                "bounded": bool(ratio.bounded),
-                "note": ratio.explanation,
-                "slope": finite(ratio.slope.estimate),
-                "slope_low": finite(ratio.slope.low),
-                "slope_high": finite(ratio.slope.high),
-                "lines": lines,
-                "curvature": interval_of(ratio.curvature),
-                "slope_difference": interval_of(ratio.slope_difference),
-            }
-        )
-    return found
-
-
-def rate_distortions(results: Results) -> list[Record]:
-    """The distance between the arms' curves of quality against rate over the sizes, where rates are known."""
-    plan, sizes, found = results.frozen.plan, results.sizes, []
-    for baseline, vae in pairs(results):
-        seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
-        if len(sizes) < 2 or not seeds or agreement(results, baseline, vae, sizes, seeds) is not False:
-            continue
-        arrays = [
-            results.quality(arm, sizes, vae, seeds, key)
-            for arm in (plan.candidate, baseline)
-            for key in ("metric", "rate_nats")
-        ]
-        distance = rate_distortion(*arrays, plan.decision.confidence)
-        found.append(
-            {"arm": plan.candidate, "baseline": baseline, "vae": vae, "n": distance.num_seeds}
-            | {key: finite(getattr(distance, key)) for key in ("difference", "low", "high")}
-            | {"note": distance.explanation}
-        )
-    return found
-
-
-def factorial(results: Results) -> Record | None:
-    """{candidate, baseline} VAE x {candidate, baseline} flow at the largest size; both flows on a third, common VAE."""
-    plan = results.frozen.plan
-    if plan.vaes is None:
-        return None
-    arms = [arm for arm in plan.arms if arm in plan.vaes.arms]
-    if plan.candidate not in arms or len(arms) < 2:
-        return None
-    arms = [plan.candidate, next(arm for arm in arms if arm != plan.candidate)]
-    size, vaes = results.sizes[-1], list[str | None](arms)
-    seeds = results.seeds(arms, [size], vaes)
-    if not seeds:
-        return None
-    values = np.array([[results.quality(flow, [size], vae, seeds)[:, 0] for flow in arms] for vae in vaes])
-    found = statistics.factorial(values, plan.decision.confidence)
-    contrasts = {
-        "vae": (f"VAE: {arms[0]} instead of {arms[1]}", found.vae),
-        "flow": (f"flow: {arms[0]} instead of {arms[1]}", found.flow),
-        "interaction": ("interaction: what both together add", found.interaction),
-    }
-    common = [vae for vae in plan.vaes.arms if vae not in arms]
-    return {
-        "vae_arms": arms,
-        "flow_arms": arms,
-        "size": size,
-        "n": len(seeds),
-        "effects": [
-            {"name": name, "label": label, "difference": finite(effect.estimate), "low": finite(effect.low)}
-            | {"high": finite(effect.high), "p": finite(effect.p_value)}
-            for name, (label, effect) in contrasts.items()
-        ],
-        "cells": (results.sign * values.mean(-1)).tolist(),
-        "common": compare(results, arms[1], common[0], size, [size]) if common else None,
-    }
-
-
-# ---- rows ----
-
-
-def interval_of(effect: statistics.Contrast | None) -> Record | None:
-    if effect is None:
-        return None
-    return {"estimate": finite(effect.estimate), "low": finite(effect.low), "high": finite(effect.high)}
-
-
-def curve_row(frozen: Frozen, curve: tuning.Curve) -> Record:
-    assert frozen.plan.tuning is not None
-    points = [{"value": p.value, "mean": p.mean, "values": p.results, "runs": p.runs} for p in curve.points]
-    row = {"arm": curve.arm, "size": curve.size, "key": frozen.plan.tuning.key, "points": points}
-    return row | {"chosen": curve.chosen, "at_edge": curve.at_edge}
-
-
-def run_row(frozen: Frozen, run: Run, events: list[Any], record: Record | None) -> Record:
-    """What became of a planned run."""
-    own = [event for event in events if event.run == run.name]
-    failed = bool(own) and own[-1].event == "failed"
-    network = frozen.networks[run.arm][run.size] if run.arm and run.size else frozen.vaes[run.vae or ""]
-    taken: Callable[[str], Any] = lambda key: None if record is None else record.get(key)  # noqa: E731
-    return (
-        {
-            "name": run.name,
-            "phase": run.phase,
-            "arm": run.arm,
-            "size": run.size,
-            "seed": run.seed,
-            "vae": run.vae,
-            "value": run.value,
-            "status": "finished" if record is not None else "failed" if failed else "pending",
-            "attempts": sum(event.event == "begun" for event in own),
-            "directory": f"runs/{run.name}",
-            "parameters": network["parameters"],
-        }
-        | {
-            key: taken(key)
-            for key in ("metric", "report_status", "learning_rate", "seconds", "memory_mib", "images_seen")
-            + ("weights_sha256", "config_sha256", "host")
-        }
-        | {"command": taken("command") or ""}
-    )
-
-
-def failures(events: list[Any]) -> list[Record]:
-    """Every attempt that did not end with a result."""
-    found = []
-    for number, event in enumerate(events):
-        if event.event in ENDS and event.event != "finished":
-            again = any(later.run == event.run and later.event == "begun" for later in events[number:])
-            row = {"run": event.run, "attempt": event.attempt, "event": event.event, "time": event.time}
-            found.append(row | {"error": last_words(event.record["error"]), "retried": again})
-    return found
-
-
-def last_words(text: str) -> str:
-    """The end of what a command wrote, on few lines."""
-    return "\n".join(text.strip().splitlines()[-5:])
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no infinity: what is not finite is null."""
-    return None if value is None or not np.isfinite(value) else float(value)

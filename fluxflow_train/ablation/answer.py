@@ -8,7 +8,7 @@ Record = dict[str, Any]
 
 
 def answer(report: Record, plan: Plan) -> Record:
-    """{verdict, headline, sentences, rule}. The verdict is of the claim where the plan makes one, else of the difference."""
+    """{verdict, headline, sentences, rule}: of the claim where the plan makes one, else of the difference."""
     overall = [row for row in report["comparisons"] if row["size"] is None]
     sentences = [difference_words(row, plan) for row in overall if row["n"]]
     sentences += [ratio_words(row) for row in report["ratios"]]
@@ -26,17 +26,17 @@ def rule(plan: Plan) -> str:
     """The decision rule in words."""
     level = f"{100 * plan.decision.confidence:g} %"
     equal = (
-        f"Two arms are equal where the difference in {plan.metric.label} lies within ±{measured(plan.decision.margin, plan)} "
-        f"by two one-sided t tests over seeds at {100 - 100 * plan.decision.confidence:.3g} %; they differ where Holm's "
-        "adjusted p is below that."
+        f"Two arms are equal where the difference in {plan.metric.label} lies within "
+        f"±{measured(plan.decision.margin, plan)} by two one-sided t tests over seeds at "
+        f"{100 - 100 * plan.decision.confidence:.3g} %; they differ where Holm's adjusted p is below that."
     )
     if plan.decision.size_ratio is None:
         return equal
     claim = f"{plan.decision.size_ratio:g}"
     return (
-        f"Supported where, against every baseline, the whole {level} interval of the size ratio is at or above {claim}; "
-        f"refuted where, against any, the whole interval (at {level} for all baselines together) is below {claim}; "
-        f"undecided otherwise. {equal}"
+        f"Supported where, against every baseline, the whole {level} interval of the size ratio is at or above "
+        f"{claim}; refuted where, against any, the whole interval (at {level} for all baselines together) is below "
+        f"{claim}; undecided otherwise. {equal}"
     )
 
 

@@ -52,7 +52,7 @@ def collect(directory: Path, metric: str) -> dict[str, Any]:
 
 
 def curves(path: Path) -> dict[str, dict[str, list[float]]]:
-    """Every scalar by name: {images, values}, of the rows that have one; thinned evenly to `MAX_ROWS`, the last kept."""
+    """Every scalar by name: {images, values}, of the rows that have one; thinned to `MAX_ROWS`, the last kept."""
     columns, rows = read_records(path)
     found = {}
     for name in columns:

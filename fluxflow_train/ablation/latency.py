@@ -1,4 +1,4 @@
-"""Widths of equal measured speed. Unlike a count, a time is never twice equal: measured in alternation, then decided."""
+"""Widths of equal measured speed. A time, unlike a count, is never twice equal: both are measured in turn."""
 
 import statistics
 from collections.abc import Mapping

@@ -78,8 +78,8 @@ def match(
     for name in [*widths, "total"]:
         if not abs(residuals[name]) < tolerance:
             raise UserError(
-                f"no widths in multiples of {steps.get(name, granularity)} bring the {by} of {name} within {tolerance:.2%} of the "
-                f"reference's (nearest: {best.get(name, best)}, {residuals[name]:+.2%}): "
+                f"no widths in multiples of {steps.get(name, granularity)} bring the {by} of {name} within "
+                f"{tolerance:.2%} of the reference's (nearest: {best.get(name, best)}, {residuals[name]:+.2%}): "
                 "allow a larger tolerance, a smaller granularity, or other starting widths"
             )
     return Match(best, network, residuals)

@@ -1,16 +1,10 @@
 """What a study's report shows beside its statistics: curves, health, pictures, targets, provenance, warnings."""
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.plan import Plan
-
-if TYPE_CHECKING:
-    from fluxflow_train.ablation.analysis import Results
-
-Record = dict[str, Any]
+from fluxflow_train.ablation.results import Record, Results
 
 TRAINING = 3  # a backward costs two forwards, as everywhere
 # Source: the "Performance targets" of the model family's public page: ReLU baseline, Bezier.
@@ -22,7 +16,7 @@ PUBLISHED = {
 }
 
 
-def curves(results: "Results") -> list[Record]:
+def curves(results: Results) -> list[Record]:
     """The validation curve of the metric (the loss, where validation has no such metric): mean and range over seeds."""
     found, plan = [], results.frozen.plan
     for (arm, size, vae), records in by_cell(results).items():
@@ -45,7 +39,7 @@ def curves(results: "Results") -> list[Record]:
     return found
 
 
-def by_cell(results: "Results") -> dict[tuple[str, str, str | None], list[Record]]:
+def by_cell(results: Results) -> dict[tuple[str, str, str | None], list[Record]]:
     """Records of finished runs by (arm, size, vae), sizes ascending, seeds in the plan's order."""
     found: dict[tuple[str, str, str | None], list[Record]] = {}
     for size in results.sizes:
@@ -57,7 +51,7 @@ def by_cell(results: "Results") -> dict[tuple[str, str, str | None], list[Record
     return found
 
 
-def health(results: "Results") -> list[Record]:
+def health(results: Results) -> list[Record]:
     """Of the first seed's run of each cell, as its health callback left it."""
     found = []
     for (arm, size, vae), records in by_cell(results).items():
@@ -78,7 +72,7 @@ def health(results: "Results") -> list[Record]:
 SHARES = ("dead", "saturated", "outside")
 
 
-def pictures(results: "Results") -> list[Record]:
+def pictures(results: Results) -> list[Record]:
     """Of the first seed for which all arms have finished, at the largest size, on the first VAE: the same inputs."""
     size, vae, arms = results.sizes[-1], results.vaes[0], list(results.frozen.plan.arms)
     seeds = results.seeds(arms, [size], [vae])
@@ -94,7 +88,7 @@ def pictures(results: "Results") -> list[Record]:
 
 
 def targets(frozen: Frozen, finished: dict[str, Record]) -> Record:
-    """The four rows of the project page's table: measured for every arm at the largest size, or empty with the cause."""
+    """The four rows of the project page's table: measured for every arm at its largest, or empty with the cause."""
     measured = {arm: finished.get(f"target/{arm}") for arm in frozen.plan.arms}
     rows = []
     for name, (label, unit, published) in PUBLISHED.items():
@@ -142,7 +136,8 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
     apart = sorted({row["baseline"] for row in report["comparisons"] if row["rates_agree"] is False})
     if apart:
         found.append(
-            f"Rates differ by more than 5 % from {', '.join(apart)}: compare by the rate-distortion rows, not by quality alone."
+            f"Rates differ by more than 5 % from {', '.join(apart)}: compare by the rate-distortion rows, not by "
+            "quality alone."
         )
     bent = [row["baseline"] for row in report["ratios"] if excludes_zero(row["curvature"])]
     if bent:

@@ -37,7 +37,7 @@ class Worker:
     """Makes one run after another until none is left that it could make.
 
     Args:
-        extra: overrides of where and how, for every run: trainer=, logger=, data.root= ... They are no part of the plan.
+        extra: overrides of where and how, for every run, as trainer= or data.root=: no part of the plan.
         names: the overrides that a run has beside them, by run.
         threads: of each run; None leaves it to torch.
         attempts: how often a run may fail, over all workers and sessions.
