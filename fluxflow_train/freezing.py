@@ -1,5 +1,6 @@
 """From a plan to its networks: every arm composed at every size, its widths solved once for all seeds."""
 
+import secrets
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def freeze(plan: Plan, trainer: str | None = None, timed: bool = False) -> Froze
     if precision == "auto":
         precision = fastest_precision(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
     origin = {
+        "id": secrets.token_hex(4),
         "git": provenance.git_state(),
         "environment": environment(torch.device("cpu")),
         "axis": AXES[plan.match],

@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> None:
 
         from fluxflow_train.studying import report
 
-        report(Path(cfg.study).expanduser())
+        report(Path(cfg.study).expanduser(), cfg.publish)
         return
     from fluxflow_train.comparing import compare
 

@@ -1,8 +1,11 @@
 """The body of `study`: a plan frozen, its missing runs made, its report written."""
 
+import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -17,6 +20,7 @@ from fluxflow_train.ablation.targets import measure, missing
 from fluxflow_train.ablation.worker import Worker, progress, work_together
 from fluxflow_train.data.lock import held
 from fluxflow_train.errors import Stopped, UserError
+from fluxflow_train.files import write_atomically
 from fluxflow_train.freezing import freeze
 from fluxflow_train.reports.page import number
 from fluxflow_train.reports.study_page import write_study_report
@@ -90,18 +94,36 @@ def frozen_in(folder: Path, plan: Plan, trainer: str | None) -> Frozen:
     return frozen
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, publish: str | None = None) -> None:
     """Write `report.json`, `report.html` and `report.md` of the study in the folder, from its ledger alone.
+
+    Where wandb-workspaces is installed, also `dashboard.json`: the specification of W&B's workspace and report, which
+    `publish` (an entity, or entity/project) saves there.
 
     Raises:
         UserError: there is no ledger in the folder.
     """
     found = analyse(Ledger(folder / FILE_NAME), f"python -m fluxflow_train.report study={folder}")
     write_study_report(found, folder)
+    if find_spec("wandb_workspaces") is not None:
+        write_dashboard(found, folder, publish)
+    elif publish is not None:
+        raise UserError('publish= needs wandb-workspaces: pip install "fluxflow-train[wandb]"')
     answer = found["answer"]
     for line in (answer["headline"], *answer["sentences"][:8]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def write_dashboard(found: dict[str, Any], folder: Path, publish: str | None) -> None:
+    from fluxflow_train.reports import dashboard
+
+    text = json.dumps(dashboard.specification(found), indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / "dashboard.json", text.encode())
+    if publish is not None:
+        entity, _, project = publish.partition("/")
+        for name, address in dashboard.publish(found, entity, project or dashboard.PROJECT).items():
+            console.print(f"{name}: {address}", highlight=False, soft_wrap=True)
 
 
 def surroundings(cfg: DictConfig) -> list[str]:

@@ -18,7 +18,7 @@ class Frozen:
     Args:
         networks: by arm and size, and by VAE: `overrides` (its widths), `cost` (on the axis that arms are matched by),
             `reference_cost` (of the Bezier arm), `residual`, `parameters`, `flops`, `activation_bytes`.
-        origin: when, by which code and on which machine it was frozen; the axis of sizes, the precision of all runs.
+        origin: an id; when, by which code and on which machine it was frozen; the axis of sizes, the runs' precision.
     """
 
     plan: Plan
@@ -62,6 +62,7 @@ class Frozen:
             if run.vae is not None:
                 own.append(f"vae={folder / RUNS / 'vae' / f'{run.vae}-seed{run.seed}'}")
         own.append(f"trainer.precision={self.origin['precision']}")  # on machines of any kind
+        own.append(f"run_id={plan.name}-{self.origin['id']}-{run.name.replace('/', '-')}")  # W&B's too
         own += ["match=none", f"seed={run.seed}", f"budget.images={budget}", f"evaluate.split={split}"]
         return [*own, f"run={directory}"]
 

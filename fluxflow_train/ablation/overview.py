@@ -6,6 +6,8 @@ from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.plan import Plan
 from fluxflow_train.ablation.results import Record, Results
 
+SHARES = ("dead", "saturated", "outside")
+HEADS = "trainable_bezier"  # the last functions of mu, logvar and RGB, the same for all arms: no part of the shares
 TRAINING = 3  # a backward costs two forwards, as everywhere
 # Source: the "Performance targets" of the model family's public page: ReLU baseline, Bezier.
 PUBLISHED = {
@@ -60,16 +62,14 @@ def health(results: Results) -> list[Record]:
             continue
         layers = content["layers"]
         name = results.names[arm, size, vae, records[0]["seed"]]
-        worst = {key: [layer[key] for layer in layers if layer.get(key) is not None] for key in SHARES}
+        own = [layer for layer in layers if layer["kind"] != HEADS]
+        shares = {key: [layer[key] for layer in own if layer.get(key) is not None] for key in SHARES}
         found.append(
             {"arm": arm, "size": size, "vae": vae, "run": name, "layers": layers}
-            | {key: float(np.mean(values)) if values else None for key, values in worst.items()}
+            | {key: float(np.mean(values)) if values else None for key, values in shares.items()}
             | {"curves": content.get("curves", []), "densities": content.get("densities", [])}
         )
     return found
-
-
-SHARES = ("dead", "saturated", "outside")
 
 
 def pictures(results: Results) -> list[Record]:

@@ -48,7 +48,7 @@ def evaluate_vae(
             say the dictionaries "model" (experiment, images_seen, checkpoint, ema, ...), "reference" (dataset, licence,
             manifest hash, ...), "environment" (git, ...) and "cost" (seconds_training, ...), merged into the report's
             own; their values are plain JSON.
-        with_features: measure feature distances, most of the time of a small report, where their extractor is installed.
+        with_features: measure feature distances, where their extractor is installed: most of a small report's time.
     """
     device = torch.device(device)
     was_training = vae.training

@@ -60,7 +60,7 @@ def frozen_of(plan: Plan, growth: float = 2.0) -> Frozen:
         for arm in plan.arms
     }
     vaes = {name: networks[plan.candidate][next(iter(plan.sizes))] for name in (plan.vaes.arms if plan.vaes else {})}
-    origin = {"git": "abc", "environment": {"torch": "2"}, "axis": "parameters", "precision": "32-true"}
+    origin = {"git": "abc", "environment": {"torch": "2"}, "axis": "parameters", "precision": "32-true", "id": "beef"}
     origin |= {"time": "2026-01-01T00:00:00Z"}
     return Frozen(plan, networks, vaes, origin)
 

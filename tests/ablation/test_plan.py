@@ -42,12 +42,14 @@ def test_a_run_is_one_exact_command() -> None:
     common = ["+experiment=vae_bezier", "data=shapes", "scale.vae.encoder_widths=[16,16,16]"]
     assert frozen.overrides(trial, None, Path("d")) == [
         *common, "activation=bezier", "model.encoder.widths=[9]", f"scale.learning_rate={trial.value}",
-        "trainer.precision=32-true", "match=none", "seed=100", "budget.images=32", "evaluate.split=tune",
+        "trainer.precision=32-true", f"run_id=study-beef-{trial.name.replace('/', '-')}", "match=none",
+        "seed=100", "budget.images=32", "evaluate.split=tune",
         f"run=d/runs/{trial.name}",
     ]  # fmt: skip
     assert frozen.overrides(run, 0.001, Path("d")) == [
         *common, "activation=relu", "model.encoder.widths=[9]", "scale.learning_rate=0.001",
-        "trainer.precision=32-true", "match=none", "seed=1", "budget.images=64", "evaluate.split=test",
+        "trainer.precision=32-true", "run_id=study-beef-main-relu-m-seed1", "match=none", "seed=1",
+        "budget.images=64", "evaluate.split=test",
         "run=d/runs/main/relu-m-seed1",
     ]  # fmt: skip
 

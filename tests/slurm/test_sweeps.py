@@ -9,6 +9,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
+from tests.ablation.studies import CONTENT as STUDY
 from tests.evaluation.conftest import CONTENT
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import REPOSITORY, Jobs
@@ -58,6 +60,34 @@ def test_evaluation_by_two_tasks(jobs: Jobs, vae_run: Path, tmp_path: Path) -> N
     jobs.completed(job)
     (report,) = vae_run.glob("evaluations/*/report.json")
     assert json.loads(report.read_text())["environment"]["world_size"] == 2
+
+
+def test_array_of_a_studys_workers(jobs: Jobs, tmp_path: Path) -> None:
+    """Two jobs share the runs of one plan; the last to end has the whole report."""
+    shared = [option for option in (*jobs.options, *SHORT) if not option.startswith(("+experiment", "budget", "run="))]
+    plain = [
+        option for option in shared if not option.startswith(("trainer", "latents_device", "data.root", "evaluate"))
+    ]
+    plan = tmp_path / "plan.yaml"
+    content = {key: value for key, value in STUDY.items() if key != "name"} | {"overrides": plain, "seeds": [0, 1]}
+    content |= {"sizes": {"s": []}, "budget_images": 32, "tolerance": 0.05}
+    decision = {"size_ratio": None, "margin": 0.5, "confidence": 0.95}
+    plan.write_text(yaml.safe_dump(content | {"decision": decision}, sort_keys=False))
+    study = tmp_path / "study"
+    root = next(option for option in jobs.options if option.startswith("data.root="))
+    given = (f"plan={plan}", f"dir={study}", "runs.trainer=cpu", root)
+    sbatch = ("--array=0-1", "--ntasks-per-node=1", "--cpus-per-task=1")
+    sbatch += (f"--output={jobs.cluster.folder}/job-%A_%a.out",)
+    script = REPOSITORY / "slurm" / "study.sbatch"
+    job = jobs.cluster.submit(script, *given, options=sbatch, **jobs.variables())
+
+    def is_complete() -> bool:
+        report = study / "report.json"
+        return report.exists() and json.loads(report.read_text())["status"] == "complete"
+
+    wait_for(is_complete, 300, f"{job}", jobs.cluster.log)
+    events = Ledger(study / FILE_NAME).events()
+    assert [e.event for e in events].count("finished") == [e.event for e in events].count("begun") == 4
 
 
 def test_hydras_launcher(jobs: Jobs, tmp_path: Path) -> None:
