@@ -12,6 +12,7 @@ import numpy as np
 FIELDS = ("captions", "caption")
 MAX_BYTES = 1 << 20  # of a member that is read
 MAX_CHARACTERS = 4096  # of a caption that is kept; every text backbone takes far fewer
+_MAX_CLEANED = 8 * MAX_CHARACTERS  # of one that is looked at: entities and white space take some
 
 
 def parse_captions(data: bytes, extension: str, fields: Sequence[str] = FIELDS) -> tuple[list[str], Counter[str]]:
@@ -34,9 +35,11 @@ def parse_captions(data: bytes, extension: str, fields: Sequence[str] = FIELDS) 
         found = _json_captions(text, fields)
         if found is _BROKEN:
             noted["broken JSON, taken as no caption"] += 1
-    captions = [_clean(caption) for caption in found if isinstance(caption, str)]
-    long = sum(len(caption) > MAX_CHARACTERS for caption in captions)
-    noted[f"captions over {MAX_CHARACTERS} characters, cut"] += long
+    texts = [text for text in found if isinstance(text, str)]
+    captions = [_clean(text) for text in texts]
+    for raw, caption in zip(texts, captions, strict=True):
+        cut = len(caption) > MAX_CHARACTERS or len(raw) > _MAX_CLEANED
+        noted[f"captions over {MAX_CHARACTERS} characters, cut"] += cut
     return [caption[:MAX_CHARACTERS] for caption in captions if caption], +noted
 
 
@@ -77,7 +80,8 @@ def _at(value: Any, path: list[str]) -> Iterator[Any]:
 
 
 def _clean(caption: str) -> str:
-    # A bound before the work: what is kept of a longer one can't come from further on.
-    caption = html.unescape(caption[: 8 * MAX_CHARACTERS])
+    caption = html.unescape(caption[:_MAX_CLEANED])
+    if caption.isprintable():  # most are: no other white space than blanks, nothing to take out
+        return " ".join(caption.split())
     kept = (" " if c.isspace() else c for c in caption if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
     return " ".join("".join(kept).split())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,8 @@ def repair_shard(path: str, folder: Path, limits: ImageLimits) -> ShardReport:
     target = folder / Path(path).name
     part = folder / f".{target.name}.part"
     try:
-        write_shard(part, salvaged(path, limits, report.dropped))
+        # Names too long for USTAR get PAX headers; all others are written as in USTAR.
+        write_shard(part, salvaged(path, limits, report.dropped), tarfile.PAX_FORMAT)
         count = len(build_table(str(part)))
         row = {"name": target.name, "samples": count, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         os.link(part, target)  # unlike a rename it never replaces a file

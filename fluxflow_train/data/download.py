@@ -54,8 +54,12 @@ class _Answer(NamedTuple):
     tag: str  # of this version of it; "" where the server tells none
 
 
+class Refused(UserError):
+    """The server answers, and has no such file or doesn't give it: another try won't mend that."""
+
+
 class _Final(Exception):
-    """A cause that another try won't mend."""
+    """The cause of a refusal."""
 
 
 def download(url: str, target: Path, room: Room, patience: Patience, allow_pipe: bool = False) -> None:
@@ -66,6 +70,7 @@ def download(url: str, target: Path, room: Room, patience: Patience, allow_pipe:
 
     Raises:
         UserError: it can't be had; names the address (without what may be secret in it) and the last cause.
+            Refused, where it is not there.
         Stopped: a signal came.
     """
     if url.startswith("pipe:"):
@@ -97,7 +102,7 @@ def download(url: str, target: Path, room: Room, patience: Patience, allow_pipe:
                 if have > answer.total:
                     cause, have = f"{have:,} bytes came where {answer.total:,} were announced", 0
             except _Final as error:
-                raise UserError(f"can't read {shown(url)}: {error}") from error
+                raise Refused(f"can't read {shown(url)}: {error}") from error
             except _NETWORK as error:
                 cause = _named(error)
             if time.monotonic() - since > patience.deadline:

@@ -93,7 +93,7 @@ def decode_image(
     except _BROKEN as error:
         raise BadImage("damaged image") from error
     limits.check(width, height)
-    return np.ascontiguousarray(np.asarray(_cropped(image, shape, place)).transpose(2, 0, 1))
+    return np.stack([np.asarray(band) for band in _cropped(image, shape, place).split()])
 
 
 def _open(data: bytes) -> Image.Image:
@@ -123,7 +123,7 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _cropped(image: Image.Image, shape: tuple[int, int], place: tuple[float, float]) -> Image.Image:
@@ -132,5 +132,6 @@ def _cropped(image: Image.Image, shape: tuple[int, int], place: tuple[float, flo
     across, down = round(width * scale), round(height * scale)
     left = int((image.width - across) * place[0])
     top = int((image.height - down) * place[1])
-    part = image.crop((left, top, left + across, top + down))
-    return part.resize((width, height), Image.Resampling.BICUBIC)
+    if (across, down) != image.size:
+        image = image.crop((left, top, left + across, top + down))
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ from fluxflow_train.data import sidecar
 from fluxflow_train.data.captions import FIELDS, parse_captions
 from fluxflow_train.data.download import shown
 from fluxflow_train.data.progress import progress
-from fluxflow_train.data.shard_cache import ShardCache, is_plain
+from fluxflow_train.data.shard_cache import NoSpace, ShardCache, is_plain
 from fluxflow_train.data.sidecar import ShardTable
 from fluxflow_train.data.table import build_table
 from fluxflow_train.data.tar import check_local
@@ -54,7 +55,9 @@ def open_table(shard: str, cache: Path, fields: Sequence[str] = FIELDS, remote: 
     copy = remote.fetch(shard)
     try:
         table = build_table(str(copy), fields, shown(shard), sha256_of(copy))
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
+        if not copy.exists():
+            raise NoSpace(f"{shown(shard)} had to go while it was read: raise data.remote_cache_bytes") from error
         raise UserError(str(error).replace(str(copy), shown(shard))) from error
     sidecar.save_first_possible([_remote_place(shard, cache)], table)
     return table
@@ -80,14 +83,14 @@ def open_tables(shards: Sequence[str], cache: Path, fields: Sequence[str], remot
     Raises:
         UserError: shards are damaged or missing; all are looked at first, and listed where they are several.
     """
-    errors: dict[str, str] = {}
+    errors: dict[str, UserError] = {}
     missing = []
     for shard in dict.fromkeys(shards):
         try:
             if stored_table(shard, cache, fields) is None:
                 missing.append(shard)
         except UserError as error:
-            errors[shard] = str(error)
+            errors[shard] = error
     processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
     if processes == 1 or len(missing) < _WORTH_PROCESSES:
         for shard in progress(missing, "Indexing shards", len(missing)):
@@ -102,18 +105,24 @@ def open_tables(shards: Sequence[str], cache: Path, fields: Sequence[str], remot
                 for future in progress(as_completed(futures), "Indexing shards", len(missing)):
                     if error := future.result():
                         errors[futures[future]] = error
+            except BrokenProcessPool as error:
+                raise UserError("a process that read shards died: is the machine short of memory?") from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+    for shard in [shard for shard, error in errors.items() if isinstance(error, NoSpace)]:
+        del errors[shard]  # alone it has all the space
+        if error := _error_of(shard, cache, fields, remote):
+            errors[shard] = error
     if not errors:
         return
     first = next(shard for shard in shards if shard in errors)
     if len(errors) == 1:
-        raise UserError(errors[first])
+        raise errors[first]
     table = Table("shard", "what is wrong")
     for shard in dict.fromkeys(shards):
         if shard in errors:
-            table.add_row(escape(shown(shard)), escape(errors[shard]))
+            table.add_row(escape(shown(shard)), escape(str(errors[shard])))
     Console(stderr=True).print(table)
     raise UserError(
         f"{len(errors)} of {len(set(shards))} shards can't be read, first {errors[first]} (scripts/check_shards.py"
@@ -121,12 +130,12 @@ def open_tables(shards: Sequence[str], cache: Path, fields: Sequence[str], remot
     )
 
 
-def _error_of(shard: str, cache: Path, fields: Sequence[str], remote: ShardCache) -> str:
+def _error_of(shard: str, cache: Path, fields: Sequence[str], remote: ShardCache) -> UserError | None:
     try:
         open_table(shard, cache, fields, remote)
     except UserError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def _remote_place(shard: str, cache: Path) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -217,7 +218,8 @@ def checked(fetched: Fetched) -> dict[str, Any]:
     """The batch. Raises UserError where the worker met one."""
     if fetched.error:
         raise UserError(fetched.error)
-    return fetched.batch
+    batch = fetched.batch
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
 
 
 def check_damage(selection: Selection, met: dict[int, str]) -> None:

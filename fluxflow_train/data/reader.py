@@ -27,7 +27,11 @@ Content = TypeVar("Content")
 
 
 class Fetched(NamedTuple):
-    """A batch as it leaves the worker. Errors travel as data: raised there, they would arrive as a traceback."""
+    """A batch as it leaves the worker. Errors travel as data: raised there, they would arrive as a traceback.
+
+    Numpy arrays of `batch` become tensors in the main process: a tensor costs both processes a handshake on the way,
+    which is worth it for large ones alone.
+    """
 
     batch: dict[str, Any]
     damaged: dict[int, str]  # cause by sample, of those met in making this batch
@@ -129,8 +133,8 @@ class BatchReader(ABC, Dataset[Fetched], Generic[Content]):
             return Fetched({}, damaged, str(error))
         batch = {
             **tensors,
-            "index": torch.tensor(samples, dtype=torch.int64),
-            "epoch": torch.tensor([epoch for epoch, _ in request], dtype=torch.int64),
+            "index": np.array(samples, np.int64),
+            "epoch": np.array([epoch for epoch, _ in request], np.int64),
             "key": [self.selection.index.key(self.selection.row(sample)) for sample in samples],
             "caption": captions,
         }

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from fluxflow_train.data.images import BadImage, ImageLimits, decode_image
 from fluxflow_train.data.table import MAX_IMAGE_BYTES, samples_of
-from fluxflow_train.data.tar import UNREADABLE, Member
+from fluxflow_train.data.tar import UNREADABLE, Member, members_of
 from fluxflow_train.data.writer import Sample
 from fluxflow_train.errors import UserError
 
@@ -32,6 +32,7 @@ def salvaged(path: str, limits: ImageLimits, dropped: Counter[str]) -> Iterator[
             members = _unique(file, list(_members(file, dropped)), dropped)
             if not members:
                 raise UserError(f"shard {path}: nothing in it can be saved")
+            written: set[str] = set()
             for sample in samples_of(path, members)[0]:
                 data: dict[str, bytes] = {}
                 for extension, member in sample.members.items():
@@ -48,7 +49,12 @@ def salvaged(path: str, limits: ImageLimits, dropped: Counter[str]) -> Iterator[
                 except BadImage as error:
                     dropped[f"samples with: {error}"] += 1
                     continue
-                yield Sample(_relative(sample.key, dropped), data)
+                key = _relative(sample.key, dropped)
+                if key in written:
+                    dropped["samples whose name, made relative, is another's"] += 1
+                    continue
+                written.add(key)
+                yield Sample(key, data)
     except OSError as error:
         raise UserError(f"can't read shard {path}: {error.strerror or error}") from error
 
@@ -79,8 +85,9 @@ def _chain(file: BinaryIO, first: int, size: int, dropped: Counter[str]) -> Iter
     """The members from `first` on as far as header leads to header, each with the position behind it."""
     file.seek(first)
     try:
-        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=2)
+        tar = members_of(file)
         while (info := tar.next()) is not None:
+            tar.members.clear()
             end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
             if info.size < 0 or info.offset_data + info.size > size:
                 dropped["members that are cut short"] += 1
@@ -98,7 +105,9 @@ def _unique(file: BinaryIO, members: list[Member], dropped: Counter[str]) -> lis
     """Each name once, the members of a key together; keys in the order in which they first come."""
     by_name: dict[str, Member] = {}
     for member in members:
-        first = by_name.setdefault(member.name, member)
+        suffix = PurePosixPath(member.name).suffix
+        name = member.name.removesuffix(suffix) + suffix.lower()  # extensions are read so
+        first = by_name.setdefault(name, member)
         if first is member:
             continue
         same = first.size == member.size and _same(file, first, member)

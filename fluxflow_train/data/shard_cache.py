@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from fluxflow_train.data.download import CHUNK, Patience, download, shown
+from fluxflow_train.data.download import CHUNK, Patience, Refused, download, shown
 from fluxflow_train.data.lock import held
 from fluxflow_train.data.writer import MANIFEST
 from fluxflow_train.errors import UserError
@@ -24,6 +24,10 @@ _STAMP_EVERY = 1.0  # seconds between two notes of a shard's use
 def is_plain(shard: str) -> bool:
     """Whether `shard` is read where it is."""
     return "://" not in shard and not shard.startswith("pipe:") and not shard.endswith((".gz", ".tgz"))
+
+
+class NoSpace(UserError):
+    """What several processes read at once doesn't fit the cache; what one of them reads may."""
 
 
 @dataclass
@@ -130,7 +134,7 @@ class ShardCache:
                     path.unlink(missing_ok=True)
                     total -= size
         if total > self.max_bytes:
-            raise UserError(
+            raise NoSpace(
                 f"the shards that are read at once need more than data.remote_cache_bytes = {self.max_bytes:,} bytes in"
                 f" {self.folder}: raise it, or lower data.window_shards"
             )
@@ -151,14 +155,18 @@ class ShardCache:
 
         def room(wanted: int) -> None:
             if part.stat().st_size + wanted > _MAX_MANIFEST:
-                raise UserError(f"{shown(url)} is too large for a manifest")
+                raise Refused(f"{shown(url)} is too large for a manifest")
 
         try:
-            download(url, part, room, Patience(min(self.patience.deadline, 10.0), self.patience.first_wait))
+            download(url, part, room, self.patience)
             rows = json.loads(part.read_bytes())["shards"]
             return {str(row["name"]): str(row["sha256"]) for row in rows}
-        except (UserError, ValueError, KeyError, TypeError):
-            return {}  # most sets of shards have none, or another program's
+        except Refused:
+            return {}  # most sets of shards have none
+        except UserError:  # a server that fails must not do away with the comparison
+            raise
+        except (ValueError, KeyError, TypeError):
+            return {}  # another program's
         finally:
             part.unlink(missing_ok=True)
 

@@ -9,8 +9,9 @@ from typing import BinaryIO
 from fluxflow_train.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
-# What tarfile raises at headers that make no sense: not all of it is its own.
-UNREADABLE = (tarfile.TarError, ValueError, OverflowError, EOFError)
+# What tarfile raises at headers that make no sense, or at thousands of long names in a row: not all of it is its own.
+UNREADABLE = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError)
+_MAX_HEADER = 1 << 20  # bytes of a long name or of a PAX header: tarfile reads them as a whole
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,23 @@ class Member:
     header: int
     offset: int
     size: int
+
+
+class Headers:
+    """A tar as tarfile is to see it: of what lies between the headers it reads a little at a time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._read(size)
+
+
+def members_of(file: BinaryIO) -> tarfile.TarFile:
+    """The tar from where `file` stands; tarfile's errors are all in UNREADABLE."""
+    return tarfile.TarFile(fileobj=Headers(file), mode="r", errorlevel=2)  # type: ignore[arg-type]
 
 
 def read_members(path: str) -> list[Member]:
@@ -58,7 +76,7 @@ def _members(path: str, file: BinaryIO) -> Iterator[Member]:
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     try:
-        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=2)
+        tar = members_of(file)
     except UNREADABLE as error:
         raise UserError(f"shard {path} is not a tar (damaged header at offset 0): {error}; copy it again") from error
     while True:
@@ -71,6 +89,7 @@ def _members(path: str, file: BinaryIO) -> Iterator[Member]:
             raise _damaged(path, offset, "damaged header") from error
         if info is None:
             break
+        tar.members.clear()  # a million of them would take 1 GB
         if info.size < 0:
             raise _damaged(path, info.offset, "damaged header")
         if info.offset_data + info.size > size:

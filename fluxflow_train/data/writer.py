@@ -26,9 +26,9 @@ class Sample:
     members: dict[str, bytes]
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one USTAR tar whose bytes depend on the samples alone (TarInfo's mtime, uid and gid are 0)."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+def write_shard(path: Path, samples: Iterable[Sample], format: int = tarfile.USTAR_FORMAT) -> None:
+    """Write one tar whose bytes depend on the samples alone (TarInfo's mtime, uid and gid are 0)."""
+    with tarfile.open(path, "w", format=format) as tar:
         for sample in samples:
             for extension, data in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{extension}")

@@ -89,6 +89,7 @@ def test_long_ones_are_cut_and_counted():
     (caption,), noted = parse_captions(b"word " * 20_000, "txt")
     assert len(caption) == MAX_CHARACTERS
     assert noted == {"captions over 4096 characters, cut": 1}
+    assert parse_captions(b" " * 50_000 + b"a dog", "txt") == ([], {"captions over 4096 characters, cut": 1})
     assert parse_captions(b"x" * (MAX_BYTES + 1), "txt") == ([], {"caption files over 1 MiB, ignored": 1})
 
 

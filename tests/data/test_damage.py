@@ -3,11 +3,14 @@
 import io
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fluxflow_train.data.check import check_shard
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.data.images import ImageLimits
 from fluxflow_train.data.salvage import salvaged
@@ -92,6 +96,12 @@ def with_size_field(field: bytes) -> bytes:
     return bytes(data)
 
 
+def pax_header(size: int) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, size
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240)
+
+
 CONTAINERS: dict[str, tuple[bytes, str]] = {
     "checksum flipped, first header": (flipped(WHOLE, AT[0] + 150), "not a tar"),
     "checksum flipped, middle header": (flipped(WHOLE, JPG + 150), f"offset {JPG}: damaged header"),
@@ -123,6 +133,11 @@ CONTAINERS: dict[str, tuple[bytes, str]] = {
     "a negative size": (with_size_field(b"\xff" * 12), f"offset {JPG}"),
     "a size of 2^87": (with_size_field(b"\x80" + b"\x7f" * 11), "cut short|damaged header"),
     "a pax size that lies": (special(tarfile.REGTYPE, "0003.jpg", size="99999999"), "cut short"),
+    "3,000 long names in a row": (
+        tar_of([("a" * 200 + ".jpg", b"")], tarfile.GNU_FORMAT)[:1024] * 3000 + tar_of(samples()),
+        "not a tar",
+    ),
+    "a PAX header of 8 GB": (tar_of(samples(), end=False) + pax_header(8 << 30), "cut short or a header damaged"),
     "a long name cut": (tar_of([("a" * 200 + ".jpg", picture())], tarfile.GNU_FORMAT)[:700], "offset 0|not a tar"),
 }
 
@@ -300,6 +315,29 @@ def test_nothing_is_run_and_nothing_written_outside(load, tmp_path):
     assert data.selection("train").damaged == {"not an image": 1}
     assert everything_below(tmp_path) <= {"shard.tar", "cache"}
     assert not {path.name for path in set(Path("/tmp").iterdir()) - before} & {"absolute.jpg", "outside.jpg"}
+
+
+def test_bombs_take_little_memory(tmp_path):
+    header = tmp_path / "header.tar"
+    header.write_bytes(WHOLE[:END] + pax_header(128 << 20))
+    os.truncate(header, END + (128 << 20) + 4096)  # a file with a hole: its header's bytes are there
+    bombs = [image for image, cause in IMAGES.values() if cause]
+    bombed = tmp_path / "bombed.tar"
+    bombed.write_bytes(
+        tar_of([(f"{n:04d}.{e}", d) for n, i in enumerate(bombs) for e, d in (("jpg", i), ("txt", b"long " * 20_000))])
+    )
+    with get_context("fork").Pool(1) as pool:
+        assert pool.apply(_extra_memory, ([str(header), str(bombed)],)) < 64 << 20
+
+
+def _extra_memory(paths: list[str]) -> int:
+    """Most bytes that reading and repairing `paths` took beyond those of the start."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path in paths:
+        for read in (check_shard, lambda p, limits: list(salvaged(p, limits, Counter()))):
+            with suppress(UserError):
+                read(path, ImageLimits())
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 NAMES = st.text("ab./\u00e9", min_size=1, max_size=6).map(lambda name: name.strip("/") or "a")

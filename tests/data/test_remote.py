@@ -13,11 +13,13 @@ from typing import Any
 import fsspec
 import pytest
 
+from fluxflow_train.data.captions import FIELDS
 from fluxflow_train.data.datamodule import ImageData
 from fluxflow_train.data.download import Patience, download, shown
-from fluxflow_train.data.index import Index
-from fluxflow_train.data.shard_cache import ShardCache
+from fluxflow_train.data.index import Index, open_table, open_tables
+from fluxflow_train.data.shard_cache import NoSpace, ShardCache
 from fluxflow_train.data.sources.shards import Shards
+from fluxflow_train.data.table import build_table
 from fluxflow_train.errors import UserError
 from tests.data.flaky_server import FlakyServer
 
@@ -161,6 +163,14 @@ class TestContent:
         server.files["/data/manifest.json"] = manifest
         assert cache().fetch(shards[0]).exists()
 
+    def test_a_manifest_that_can_not_be_had_is_not_passed_over(self, server, shards, cache):
+        server.files["/data/manifest.json"] = b"{}"
+        server.moves["/data/manifest.json"] = ["503", "drop"]
+        assert cache().fetch(shards[0]).exists()
+        server.always["/data/manifest.json"] = "503"
+        with pytest.raises(UserError, match=r"can't read .*/data/manifest.json: HTTP 503"):
+            cache().fetch(shards[1])
+
     def test_changed_since_it_was_indexed(self, server, shards, cache, tmp_path):
         index = Index(shards[:1], tmp_path, remote=cache())
         for path in (tmp_path / "remote").glob("*.tar"):
@@ -252,6 +262,28 @@ class TestCache:
     def test_one_larger_than_all_space(self, server, shards, cache):
         with pytest.raises(UserError, match=r"more than data.remote_cache_bytes = 1,000 bytes"):
             cache(1000).fetch(shards[0])
+
+    def test_indexed_in_more_processes_than_there_is_space_for(self, server, shards, cache, tmp_path, monkeypatch):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+        for number in range(4):
+            server.moves[f"/data/{number}.tar"] = ["slow"]
+        small = cache(max(map(len, server.files.values())) + 1000, patience=Patience(deadline=5.0))
+        open_tables(shards, tmp_path, FIELDS, small)
+        assert keys(Index(shards, tmp_path, remote=small)) == ALL
+
+    def test_a_copy_that_goes_while_it_is_read(self, server, shards, cache, tmp_path, monkeypatch):
+        gone = []
+
+        def read(path: str, *arguments: Any) -> Any:
+            if not gone:
+                gone.append(Path(path).unlink())
+            return build_table(path, *arguments)
+
+        monkeypatch.setattr("fluxflow_train.data.index.build_table", read)
+        with pytest.raises(NoSpace, match=r"/data/0.tar had to go while it was read"):
+            open_table(shards[0], tmp_path, FIELDS, cache())
+        gone.clear()
+        open_tables(shards[:1], tmp_path, FIELDS, cache())
 
     def test_a_copy_for_a_worker(self, server, shards, cache, tmp_path):
         index = pickle.loads(pickle.dumps(Index(shards, tmp_path, remote=cache())))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +90,30 @@ def test_damaged_images_and_unsafe_names(repair):
         "samples with: damaged image": 1,
         "samples without an image": 1,
         "names that led outside, made relative": 1,
+    }
+
+
+@pytest.mark.parametrize("key", ["x" * 300, "k\u00e9y", "d/" * 90 + "a"])
+def test_names_that_ustar_has_no_room_for(repair, key):
+    members = [(f"{key}.jpg", picture()), (f"{key}.txt", b"words")]
+    assert repair(tar_of(members, tarfile.PAX_FORMAT)) == (0, [key], {})
+
+
+def test_names_that_become_the_same(repair):
+    members = [
+        ("a.jpg", picture(0)),
+        ("../a.jpg", picture(1)),
+        ("b.JPG", picture(2)),
+        ("b.jpg", picture(3)),
+        ("README", b"x"),
+    ]
+    code, keys, dropped = repair(tar_of(members))
+    assert (code, keys) == (1, ["a", "b"])
+    assert dropped == {
+        "names that led outside, made relative": 1,
+        "samples whose name, made relative, is another's": 1,
+        "members that come again, different": 1,
+        "samples without an image": 1,
     }
 
 
