@@ -1,6 +1,6 @@
 """What a large data set costs beside its images: memory and time of 1,000 shards of 1,000 tiny samples.
 
-    python scripts/bench_index.py [--shards 1000] [--samples 1000] [--workers 3] [--json]
+    python scripts/bench_index.py [--shards 1000] [--samples 1000] [--workers 3] [--batches 100] [--json]
 
 Writes the shards to a temporary folder (2.5 GB), then in this process: builds the index, opens it, makes the order,
 reads batches with workers, and goes on in the middle of the second epoch as a resumed run does. Memory is the
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=100, help="read before and after the resume (%(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     total, peak, done = options.shards * options.samples, {"": 0}, Event()
@@ -103,16 +104,16 @@ def main() -> None:
         opened.prepare_data()
         lap("open")
         loader = opened.train_dataloader()
-        for _ in islice(loader, 100):
+        for _ in islice(loader, options.batches):
             pass
-        lap("first_100_batches")
+        lap("first_batches")
         state = loader.state_dict() | {"batches_done": total * 3 // 2 // BATCH}
         del loader  # and its workers
         resumed = opened.train_dataloader()
         resumed.load_state_dict(state)
-        for _ in islice(resumed, 100):
+        for _ in islice(resumed, options.batches):
             pass
-        lap("resumed_100_batches")
+        lap("resumed_batches")
         done.set()
         watcher.join()
     result = {

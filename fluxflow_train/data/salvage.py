@@ -87,7 +87,7 @@ def _chain(file: BinaryIO, first: int, size: int, dropped: Counter[str]) -> Iter
     try:
         tar = members_of(file)
         while (info := tar.next()) is not None:
-            tar.members.clear()
+            tar.members.clear()  # type: ignore[attr-defined]
             end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
             if info.size < 0 or info.offset_data + info.size > size:
                 dropped["members that are cut short"] += 1

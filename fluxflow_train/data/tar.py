@@ -89,7 +89,7 @@ def _members(path: str, file: BinaryIO) -> Iterator[Member]:
             raise _damaged(path, offset, "damaged header") from error
         if info is None:
             break
-        tar.members.clear()  # a million of them would take 1 GB
+        tar.members.clear()  # type: ignore[attr-defined]  (a million of them would take 1 GB)
         if info.size < 0:
             raise _damaged(path, info.offset, "damaged header")
         if info.offset_data + info.size > size:

@@ -54,6 +54,22 @@ def test_help(script: str) -> None:
     assert done.returncode == 0 and "--peer-python" in done.stdout
 
 
+def test_bench_index() -> None:
+    done = run("bench_index.py", "--shards", 5, "--samples", 4, "--workers", 1, "--batches", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["samples"] == 20
+    assert result["peak_extra_bytes"].keys() == result["seconds"].keys()
+
+
+@pytest.mark.slow
+def test_bench_data() -> None:
+    done = run("bench_data.py", "--images", 32, "--rounds", 1, "--train-images", 96, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert all(result[name] > 0 for name in ("ceiling_fraction", "webdataset_ratio", "wait_share"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "keys"),
