@@ -130,6 +130,13 @@ def suggestion(error: BaseException) -> str:
     return ""
 
 
+def quoted(text: str) -> str:
+    """A string of Hydra's grammar, whatever is in it; a number in quotes stays a text."""
+    inner = re.sub(r"(\\*)'", r"\1\1\\'", text)  # a backslash counts only before a quote
+    ending = len(inner) - len(inner.rstrip("\\"))
+    return "'" + inner + "\\" * ending + "'"
+
+
 def known_keys() -> list[str]:
     """Every dotted key and every group under `conf/`, read from the files without composing them."""
     from omegaconf import OmegaConf

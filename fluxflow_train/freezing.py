@@ -33,26 +33,25 @@ def freeze(plan: Plan, trainer: str | None = None, timed: bool = False) -> Froze
     Raises:
         UserError: an override of the plan is none, or widths can't be matched; the message names arm and size.
     """
+    where = [] if trainer is None else [f"trainer={trainer}"]
     vaes: dict[str, dict[str, Any]] = {}
     vae_model: DictConfig | None = None
     if plan.vaes is not None:
         for name, own in plan.vaes.arms.items():
-            cfg = composed(
-                plan, f"vaes.arms.{name}", [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *own]
-            )
+            options = [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *own, *where]
+            cfg = composed(plan, f"vaes.arms.{name}", options)
             vaes[name], model = solved(cfg, f"VAE {name}", timed)
             vae_model = vae_model or model
     networks: dict[str, dict[str, dict[str, Any]]] = {}
     for arm, own in plan.arms.items():
         networks[arm] = {}
         for size, widths in plan.sizes.items():
-            options = [f"+experiment={plan.experiment}", *plan.overrides, *widths, *own]
+            options = [f"+experiment={plan.experiment}", *plan.overrides, *widths, *own, *where]
             cfg = composed(plan, f"arms.{arm} at size {size}", options)
             if vae_model is not None:
                 hang_on(cfg, vae_model)
             networks[arm][size], _ = solved(cfg, f"arm {arm} at size {size}", timed)
-    own = [f"+experiment={plan.experiment}", *plan.overrides, *([] if trainer is None else [f"trainer={trainer}"])]
-    cfg = composed(plan, "overrides", own)
+    cfg = composed(plan, "overrides", [f"+experiment={plan.experiment}", *plan.overrides, *where])
     precision = cfg.trainer.precision
     if precision == "auto":
         precision = fastest_precision(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
@@ -102,11 +101,15 @@ def solved(cfg: DictConfig, what: str, timed: bool) -> tuple[dict[str, Any], Dic
         counts = cost.flops(net, inputs)
         return sum(counts[part] for part in parts)
 
-    count: Any = {"flops": flops, "latency": lambda net: cost.latency(net, inputs, "cpu")}.get(cfg.match, parameters)
-    ours, theirs = float(count(network)), float(count(reference))
-    residual = ours / theirs / cfg.match_ratio - 1
-    if matched is not None and cfg.match == "latency":  # measured in turn, unlike these two
-        residual, ours = matched.residuals["total"], theirs * cfg.match_ratio * (1 + matched.residuals["total"])
+    device = str(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
+    if cfg.match == "latency":  # a time is never twice equal: what was measured in turn is what counts
+        theirs = cost.latency(reference, inputs, device)
+        residual = 0.0 if matched is None else matched.residuals["total"]
+        ours = theirs * cfg.match_ratio * (1 + residual)
+    else:
+        count = flops if cfg.match == "flops" else parameters
+        ours, theirs = float(count(network)), float(count(reference))
+        residual = ours / theirs / cfg.match_ratio - 1
     widths = [
         f"model.{part}.{key}={as_override(cfg.model[part][key])}"
         for part, keys in cfg.matching.sizes.items()
@@ -125,7 +128,6 @@ def solved(cfg: DictConfig, what: str, timed: bool) -> tuple[dict[str, Any], Dic
         "batch_size": int(cfg.scale.batch_size),
     }
     if timed:
-        device = str(device_of("cpu" if cfg.trainer.accelerator == "cpu" else "auto"))
         batch_size = min(int(cfg.scale.batch_size), TIMED_BATCH)
         solution["seconds_per_image"] = cost.training_latency(network, inputs, batch_size, device)
     return solution, plain(cfg.model)

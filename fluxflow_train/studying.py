@@ -18,16 +18,24 @@ from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.plan import Plan, Run, expand, load
 from fluxflow_train.ablation.targets import measure, missing
 from fluxflow_train.ablation.worker import Worker, progress, work_together
+from fluxflow_train.cli import quoted
 from fluxflow_train.data.lock import held
 from fluxflow_train.errors import Stopped, UserError
 from fluxflow_train.files import write_atomically
 from fluxflow_train.freezing import freeze
 from fluxflow_train.reports.page import number
 from fluxflow_train.reports.study_page import write_study_report
-from fluxflow_train.run_directory import is_free
 
 console = Console(stderr=True)
 
+FREE = (
+    "data.num_workers",
+    "data.root",
+    "latents_device",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+)
 AROUND = 25.0  # seconds of a run that are not training: imports, validation, report
 STEP = 1.3  # a whole step beside its forward and backward
 BYTES = 20  # of a parameter in training: itself, its gradient, AdamW's two moments, the average
@@ -60,23 +68,45 @@ def study(cfg: DictConfig) -> None:
         done = counts["finished"] + counts["failed"]
         console.print(f"[{done}/{len(frozen.runs)}] {line}", markup=False, highlight=False, soft_wrap=True)
 
-    threads = cfg.threads or (max(1, (os.cpu_count() or 1) // cfg.workers) if cfg.workers > 1 else None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cfg.threads or (max(1, cores // cfg.workers) if cfg.workers > 1 else None)
+    gpus = gpu_count() if cfg.workers > 1 else 0
     workers = [
-        Worker(frozen, folder, extra, names(frozen, extra), threads, cfg.attempts, say) for _ in range(cfg.workers)
+        Worker(frozen, folder, extra, names(frozen, extra), threads, i % gpus if gpus else None, cfg.attempts, say)
+        for i in range(cfg.workers)
     ]
     try:
         work_together(workers)
     except Stopped as stop:
         raise Stopped(f"{stop} (study in {folder})") from stop
+    finally:
+        with held(folder / ".lock", "reporting"):
+            report(folder)
     counts = progress(frozen, ledger, cfg.attempts)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
     if counts["failed"]:
         console.print(f"attempts={cfg.attempts + 1} tries failed runs again", highlight=False)
-    with held(folder / ".lock", "measuring and reporting"):
-        for run in missing(frozen, ledger):
+    if not counts["pending"]:
+        measure_targets(frozen, folder)
+
+
+def measure_targets(frozen: Frozen, folder: Path) -> None:
+    """Fill the table of targets once all runs are over, so that nothing else is timed along."""
+    ledger = Ledger(folder / FILE_NAME)
+    with held(folder / ".lock", "measuring"):
+        waiting = missing(frozen, folder, ledger)
+        for run in waiting:
             console.print(f"measuring {run.name} for the table of targets", highlight=False)
             measure(run, folder, ledger)
-        report(folder)
+        if waiting:
+            report(folder)
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees; its runs, one for each worker, get one each."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def frozen_in(folder: Path, plan: Plan, trainer: str | None) -> Frozen:
@@ -133,18 +163,21 @@ def surroundings(cfg: DictConfig) -> list[str]:
         UserError: one of them would make other runs than the plan's.
     """
     given = {"trainer": cfg.runs.trainer, "logger": cfg.runs.logger, "data.root": cfg.data.root}
-    extra = [f"{key}={value}" for key, value in given.items() if value is not None]
+    extra = [f"{key}={quoted(str(value))}" for key, value in given.items() if value is not None]
     for override in cfg.runs.overrides:
         key = str(override).partition("=")[0].lstrip("+~")
-        if not is_free(key) or key.startswith(("run", "evaluate", "vae", "callbacks")):
-            raise UserError(f"runs.overrides={override} would change what is compared: put it into the plan")
+        if key not in FREE and not key.startswith("logger."):
+            raise UserError(
+                f"runs.overrides={override} could change what is compared: put it into the plan; free are "
+                f"{', '.join(FREE)} and logger.*"
+            )
         extra.append(str(override))
     return extra
 
 
 def names(frozen: Frozen, extra: list[str]) -> Callable[[Run], list[str]]:
     """W&B's names of each run, where the runs are recorded there."""
-    if "logger=wandb" not in extra:
+    if "logger='wandb'" not in extra:
         return lambda run: []
     from fluxflow_train.ablation.wandb_names import wandb_overrides
 

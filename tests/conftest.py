@@ -1,11 +1,18 @@
 """Fixtures compose the real configuration, made small."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# Processes of `pytest -n` share the cores; what they start inherits it. Before torch looks.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -39,6 +46,13 @@ SMALL = (
     "trainer.precision=32-true",
     "budget.images=32",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes (`pytest -n auto --dist loadgroup`): a file stays in one, and so does the one SLURM cluster."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -29,18 +29,24 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     plan = frozen.plan
     results = gathered(frozen, finished)
     trials = {name: record["metric"] for name, record in finished.items() if record["phase"] == "tune"}
-    chosen = tuning.choose(plan, trials)
+    measured = {event.run: event.record for event in events if event.event == "measured" and event.run}
+    fixed = {event.run: event.record["value"] for event in events if event.event == "chosen" and event.run}
+    chosen = tuning.choose(plan, trials, fixed)
     runs = [run_row(frozen, run, events, finished.get(run.name)) for run in frozen.runs]
     counts = {state: sum(row["status"] == state for row in runs) for state in ("finished", "failed", "pending")}
+    compared = comparisons(results)
     report = {
         "schema": SCHEMA,
         "kind": "study",
         "study": plan.name,
         "question": plan.question,
-        "status": "complete" if counts["finished"] == len(runs) else "partial",
+        "status": "complete"
+        if all(row["status"] == "finished" for row in runs if row["phase"] != "tune")
+        else "partial",
         "counts": {"planned": len(runs), **counts, "attempts": sum(event.event == "begun" for event in events)},
         "metric": {"name": plan.metric.name, "label": plan.metric.label, "unit": plan.metric.unit}
         | {"better": plan.metric.better, "split": plan.metric.split},
+        "confidence": plan.decision.confidence,
         "candidate": plan.candidate,
         "axis": {"label": frozen.origin["axis"], "unit": ""},
         "arms": [
@@ -59,15 +65,15 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
         "sizes": [{"name": size, "cost": frozen.cost(size)} for size in results.sizes],
         "vaes": [vae for vae in results.vaes if vae is not None],
         "cells": cells(results, chosen),
-        "comparisons": comparisons(results),
+        "comparisons": compared,
         "ratios": ratios(results),
         "rate_distortion": rate_distortions(results),
-        "factorial": factorial(results),
+        "factorial": factorial(results, compared),
         "tuning": [trials_row(frozen, curve) for curve in chosen],
         "curves": curves(results),
         "health": health(results),
         "pictures": pictures(results),
-        "targets": targets(frozen, finished),
+        "targets": targets(frozen, measured),
         "failures": failures(events),
         "runs": runs,
         "provenance": provenance(frozen, finished, ledger.path.name, command),

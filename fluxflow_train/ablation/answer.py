@@ -6,19 +6,30 @@ from fluxflow_train.ablation.plan import Plan
 
 Record = dict[str, Any]
 
+WORDS = {
+    "better": "better",
+    "worse": "worse",
+    "equal": "equal within the margin",
+    "undecided": "not told apart",
+    "no data": "without results",
+}
+
 
 def answer(report: Record, plan: Plan) -> Record:
     """{verdict, headline, sentences, rule}: of the claim where the plan makes one, else of the difference."""
     overall = [row for row in report["comparisons"] if row["size"] is None]
-    sentences = [difference_words(row, plan) for row in overall if row["n"]]
+    claimed = [row for row in overall if row["claimed"]]
+    ratios = [row for row in report["ratios"] if row["claimed"]]
+    sentences = effects(report["factorial"], plan) + [difference_words(row, plan) for row in overall if row["n"]]
     sentences += [ratio_words(row) for row in report["ratios"]]
     if plan.decision.size_ratio is None:
-        verdict, headline = of_difference(overall, plan)
+        verdict, headline = of_difference(claimed, plan)
     else:
-        verdict, headline = of_claim(report["ratios"], overall, plan)
-    if report["status"] != "complete" and verdict != "no data":
-        missing = report["counts"]["planned"] - report["counts"]["finished"]
-        headline += f" {missing} of {report['counts']['planned']} runs have no result."
+        verdict, headline = of_claim(ratios, claimed, plan)
+    missing = [run for run in report["runs"] if run["phase"] == "main" and run["status"] != "finished"]
+    if missing and verdict != "no data":
+        planned = sum(run["phase"] == "main" for run in report["runs"])
+        headline += f" {len(missing)} of {planned} runs to compare have no result."
     return {"verdict": verdict, "headline": headline, "sentences": sentences, "rule": rule(plan)}
 
 
@@ -28,63 +39,89 @@ def rule(plan: Plan) -> str:
     equal = (
         f"Two arms are equal where the difference in {plan.metric.label} lies within "
         f"±{measured(plan.decision.margin, plan)} by two one-sided t tests over seeds at "
-        f"{100 - 100 * plan.decision.confidence:.3g} %; they differ where Holm's adjusted p is below that."
+        f"{100 - 100 * plan.decision.confidence:.3g} %, even if it is told from 0; otherwise they differ where Holm's "
+        "adjusted p is below that, and else are not told apart."
     )
     if plan.decision.size_ratio is None:
         return equal
-    claim = f"{plan.decision.size_ratio:g}"
+    claim, arms = f"{plan.decision.size_ratio:g}", ", ".join(plan.decision.against)
     return (
-        f"Supported where, against every baseline, the whole {level} interval of the size ratio is at or above "
-        f"{claim}; refuted where, against any, the whole interval (at {level} for all baselines together) is below "
-        f"{claim}; undecided otherwise. {equal}"
+        f"Supported where, against each of {arms}, the whole {level} interval of the size ratio is at or above "
+        f"{claim}; refuted where, against any, the whole interval (at {level} for all of them together) is below "
+        f"{claim}; undecided otherwise, and wherever the rates of the two differ by more than 5 % or runs of either "
+        f"failed. Other arms are controls and no part of the claim. {equal}"
     )
 
 
-def of_difference(overall: list[Record], plan: Plan) -> tuple[str, str]:
-    known = [row for row in overall if row["n"]]
-    if len(known) < len(overall) or not known:
+def of_difference(claimed: list[Record], plan: Plan) -> tuple[str, str]:
+    known = [row for row in claimed if row["n"]]
+    if len(known) < len(claimed) or not known:
         return "no data", "There are not enough results yet."
-    different = [row for row in known if row["verdict"] in ("better", "worse")]
-    if different:
-        row = min(different, key=lambda row: row["p_holm"])
-        return "different", f"Different: {difference_words(row, plan)}"
-    if all(row["verdict"] == "equal" for row in known):
-        widest = max(known, key=lambda row: abs(row["difference"]))
-        return "no difference", f"No difference: {difference_words(widest, plan)}"
-    unclear = next(row for row in known if row["verdict"] == "undecided")
-    return "undecided", f"Undecided: {difference_words(unclear, plan)}"
+    verdicts = {row["verdict"] for row in known}
+    if verdicts & {"better", "worse"}:
+        verdict = "different"
+    else:
+        verdict = "no difference" if verdicts == {"equal"} else "undecided"
+    if len(known) == 1:
+        return verdict, f"{verdict.capitalize()}: {difference_words(known[0], plan)}"
+    each = "; ".join(
+        f"against {against(row)} {WORDS[row['verdict']]} ({row['difference']:+.3g} {plan.metric.unit}".rstrip() + ")"
+        for row in known
+    )
+    return verdict, f"{plan.candidate} is {each}."
 
 
-def of_claim(ratios: list[Record], overall: list[Record], plan: Plan) -> tuple[str, str]:
+def of_claim(ratios: list[Record], claimed: list[Record], plan: Plan) -> tuple[str, str]:
     claim = plan.decision.size_ratio
     assert claim is not None
-    if not ratios or len(ratios) < len(overall):
+    if not ratios or len(ratios) < len(claimed):
         return "no data", "There are not enough results yet for a size ratio against every baseline."
+    target = f"The claim is {claim:g} or more."
+    unequal = sorted({row["baseline"] for row in claimed if row["rates_agree"] is False})
     bounded = [row for row in ratios if row["bounded"] and row["ratio"] is not None]
+    critical = min(bounded, key=lambda row: row["ratio"]) if bounded else ratios[0]
+    if unequal:
+        why = f"its rate differs by more than 5 % from that of {', '.join(unequal)}, and quality alone decides nothing"
+        return "undecided", f"Undecided: {why}. {ratio_words(critical)} {target}"
+    if any(row["lost"] for row in ratios):
+        return "undecided", f"Undecided: runs of these arms failed. {ratio_words(critical)} {target}"
     refuting = [row for row in bounded if row["high_simultaneous"] is not None and row["high_simultaneous"] < claim]
     if refuting:
-        worst = min(refuting, key=lambda row: row["ratio"])
-        return "refuted", f"Refuted: {ratio_words(worst)} The claim is {claim:g} or more."
+        return "refuted", f"Refuted: {ratio_words(min(refuting, key=lambda row: row['ratio']))} {target}"
     if len(bounded) == len(ratios) and all(row["low"] >= claim for row in bounded):
-        least = min(bounded, key=lambda row: row["ratio"])
-        return "supported", f"Supported: {ratio_words(least)} The claim is {claim:g} or more."
-    critical = min(bounded, key=lambda row: row["ratio"]) if bounded else ratios[0]
-    return "undecided", f"Undecided: {ratio_words(critical)} The claim is {claim:g} or more."
+        return "supported", f"Supported: {ratio_words(critical)} {target}"
+    return "undecided", f"Undecided: {ratio_words(critical)} {target}"
+
+
+def effects(factorial: Record | None, plan: Plan) -> list[str]:
+    """The main effects and the interaction of a factorial, a sentence each."""
+    if factorial is None:
+        return []
+    return [
+        f"{effect['label']}: {signed(effect, plan)} (p {effect['p']:.2g}, not adjusted)."
+        if effect["p"] is not None
+        else f"{effect['label']}: {signed(effect, plan)}."
+        for effect in factorial["effects"]
+    ]
 
 
 def difference_words(row: Record, plan: Plan) -> str:
     """One comparison as a sentence."""
-    where = "" if row["vae"] is None else f" on the {row['vae']} VAE"
     scope = "over all sizes" if row["size"] is None else f"at size {row['size']}"
-    words = {"better": "better", "worse": "worse", "equal": "equal within the margin", "undecided": "not told apart"}
-    who = f"{row['arm']} against {row['baseline']}{where}, {scope}: {words[row['verdict']]}, "
-    value = f"{row['difference']:+.3g} {plan.metric.unit}".strip()
-    if row["low"] is None:
-        return f"{who}{value} ({row['n']} seed{'s' if row['n'] > 1 else ''}: no interval)."
-    detectable = (
-        "" if row["detectable"] is None else f"; {row['n']} seeds see {measured(row['detectable'], plan)} or more"
-    )
-    return f"{who}{value} ({row['low']:+.3g} to {row['high']:+.3g}{detectable})."
+    seen = row["detectable"]
+    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    detectable = "" if seen is None else f", {seeds} see {measured(seen, plan)} or more"
+    return f"{row['arm']} against {against(row)}, {scope}: {WORDS[row['verdict']]}, {signed(row, plan)}{detectable}."
+
+
+def against(row: Record) -> str:
+    return row["baseline"] + ("" if row["vae"] is None else f" on the {row['vae']} VAE")
+
+
+def signed(row: Record, plan: Plan) -> str:
+    """A difference with its interval."""
+    value = f"{row['difference']:+.3g} {plan.metric.unit}".rstrip()
+    return f"{value} (no interval)" if row["low"] is None else f"{value} ({row['low']:+.3g} to {row['high']:+.3g})"
 
 
 def ratio_words(row: Record) -> str:
@@ -99,4 +136,4 @@ def ratio_words(row: Record) -> str:
 
 
 def measured(value: float, plan: Plan) -> str:
-    return f"{value:.3g} {plan.metric.unit}".strip()
+    return f"{value:.3g} {plan.metric.unit}".rstrip()

@@ -1,24 +1,34 @@
 """What the ledger keeps of a finished run: read from its directory, which may be deleted afterwards."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from fluxflow_train.callbacks.health import FILE_NAME as HEALTH
 from fluxflow_train.errors import UserError
 from fluxflow_train.files import sha256_of
 from fluxflow_train.records import CLOCK, FILE_NAME
 from fluxflow_train.records import read as read_records
+from fluxflow_train.reports.protocol import digest
+from fluxflow_train.run_directory import flat, is_free
 
 MAX_ROWS = 200  # of each curve
 PICTURES = 6
-HEALTH = "health.json"
+OWN = (
+    "seed",
+    "run_id",
+    "vae_sha256",
+)  # keys in which the seeds of a cell differ; what is computed from them has them too
 
 
-def collect(directory: Path, metric: str) -> dict[str, Any]:
+def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
     """Numbers, curves, health and pictures of a run, as plain JSON.
 
     Raises:
-        UserError: the run's report is missing, or lacks the metric.
+        UserError: the run's report is missing, or lacks the metric; or the run ended before its budget.
     """
     try:
         report = json.loads((directory / "report.json").read_text())
@@ -30,6 +40,8 @@ def collect(directory: Path, metric: str) -> dict[str, Any]:
         known = ", ".join(name for name, value in results.items() if value is not None)
         raise UserError(f"the report of {directory} has no result {metric}: there are {known}")
     made = description["provenance"]
+    if made["images_seen"] < budget_images:
+        raise UserError(f"{directory} ended at {made['images_seen']:,} of {budget_images:,} images")
     return {
         "metric": results[metric],
         "results": results,
@@ -41,6 +53,7 @@ def collect(directory: Path, metric: str) -> dict[str, Any]:
         "rate_nats": results.get("rate_nats"),
         "weights_sha256": description["sha256"],
         "config_sha256": sha256_of(directory / "config.yaml"),
+        "compared_sha256": compared(directory / "config.yaml"),
         "config": (directory / "config.yaml").read_text(),
         "command": made["command"],
         "git": made["git"],
@@ -51,12 +64,20 @@ def collect(directory: Path, metric: str) -> dict[str, Any]:
     }
 
 
+def compared(path: Path) -> str:
+    """A digest of the configuration that all seeds of a cell share."""
+    leaves = flat(OmegaConf.to_container(OmegaConf.load(path)))
+    own = {key: value for key, value in leaves.items() if not is_free(key) and key.rpartition(".")[2] not in OWN}
+    return digest([f"{key}={own[key]}" for key in sorted(own)])
+
+
 def curves(path: Path) -> dict[str, dict[str, list[float]]]:
-    """Every scalar by name: {images, values}, of the rows that have one; thinned to `MAX_ROWS`, the last kept."""
+    """Every scalar by name: {images, values}, where it is finite; thinned to `MAX_ROWS`, the last kept."""
     columns, rows = read_records(path)
     found = {}
     for name in columns:
         points = [(int(row[CLOCK]), float(row[name])) for row in rows if name in row and name != CLOCK]
+        points = [point for point in points if math.isfinite(point[1])]  # updates with NaN are left out and counted
         step = -(-len(points) // MAX_ROWS)
         kept = points[:: -step or -1][::-1]
         if kept:

@@ -4,13 +4,14 @@ Signs: a difference is positive where the candidate is better, whichever way the
 """
 
 import itertools
+import math
 
 import numpy as np
 
 from fluxflow_train.ablation import statistics, tuning
 from fluxflow_train.ablation.rate_distortion import rate_distortion, rates_agree
 from fluxflow_train.ablation.results import Record, Results, finite
-from fluxflow_train.ablation.size_ratio import size_ratio
+from fluxflow_train.ablation.size_ratio import SizeRatio, size_ratio
 
 
 def cells(results: Results, chosen: list[tuning.Curve]) -> list[Record]:
@@ -56,14 +57,18 @@ def pairs(results: Results) -> list[tuple[str, str | None]]:
 
 
 def comparisons(results: Results) -> list[Record]:
-    """Paired differences over seeds: of the mean over all sizes, then size by size; Holm within each of the two."""
+    """Paired differences over seeds: of the mean over all sizes, then size by size.
+
+    Holm within each of the two, apart for the arms that the decision is about and for the controls.
+    """
     rows = []
     scopes: list[str | None] = [None, *results.sizes] if len(results.sizes) > 1 else [None]
     for scope in scopes:
         sizes = results.sizes if scope is None else [scope]
         for baseline, vae in pairs(results):
             rows.append(compare(results, baseline, vae, scope, sizes))
-    for family in ([row for row in rows if row["size"] is None], [row for row in rows if row["size"] is not None]):
+    places = sorted({(row["size"] is None, row["claimed"]) for row in rows})
+    for family in ([row for row in rows if (row["size"] is None, row["claimed"]) == place] for place in places):
         p_values = [float("nan") if row["p"] is None else row["p"] for row in family]
         for row, adjusted in zip(family, statistics.holm(p_values).tolist() if family else [], strict=True):
             row["p_holm"] = finite(adjusted)
@@ -75,6 +80,7 @@ def compare(results: Results, baseline: str, vae: str | None, scope: str | None,
     plan = results.frozen.plan
     seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
     row: Record = {"arm": plan.candidate, "baseline": baseline, "size": scope, "vae": vae, "n": len(seeds)}
+    row["claimed"] = baseline in plan.decision.against
     row |= {"margin": plan.decision.margin, "p_holm": None, "verdict": "no data"}
     names = ("difference", "low", "high", "p", "correlation", "detectable", "equivalent", "p_equivalent")
     if not seeds:
@@ -99,7 +105,7 @@ def agreement(results: Results, baseline: str, vae: str | None, sizes: list[str]
 
 
 def verdict(row: Record, confidence: float) -> str:
-    """better or worse (significant after Holm), equal (within the margin), both told apart, else undecided."""
+    """equal where it is within the margin, also if told from 0; better or worse by Holm's p; else undecided."""
     if row["n"] == 0:
         return "no data"
     if row["equivalent"]:
@@ -122,28 +128,28 @@ def ratios(results: Results) -> list[Record]:
         quality = [results.quality(arm, sizes, vae, seeds) for arm in (plan.candidate, baseline)]
         ratio = size_ratio(*quality, costs, plan.decision.confidence)
         # Refuting one of several baselines is one of several chances to err; supporting against all of them is not.
-        strict = size_ratio(*quality, costs, 1 - (1 - plan.decision.confidence) / len(plan.baselines))
-        ends = costs[[0, -1]]
-        lines = [
-            {
-                "arm": arm,
-                "x": ends.tolist(),
-                "y": (results.sign * (start + ratio.slope.estimate * np.log(ends))).tolist(),
-            }
-            for arm, start in ((plan.candidate, ratio.intercept_a), (baseline, ratio.intercept_b))
-        ]
+        chances = len(plan.decision.against) * len(results.vaes)
+        strict = size_ratio(*quality, costs, 1 - (1 - plan.decision.confidence) / chances)
+        lines = []
+        for arm, start in ((plan.candidate, ratio.intercept_a), (baseline, ratio.intercept_b)):
+            nets = [results.frozen.networks[arm][size] for size in (sizes[0], sizes[-1])]
+            ends = [net["cost"] for net in nets]  # where the arm is drawn; the fit is over what it was matched to
+            y = [start + ratio.slope.estimate * math.log(net["reference_cost"]) for net in nets]
+            lines.append({"arm": arm, "x": ends, "y": [results.sign * value for value in y]})
         found.append(
             {
                 "arm": plan.candidate,
                 "baseline": baseline,
                 "vae": vae,
                 "n": len(seeds),
+                "lost": len(plan.seeds) - len(seeds),
                 "ratio": finite(ratio.ratio),
                 "low": finite(ratio.low),
                 "high": finite(ratio.high),
                 "high_simultaneous": finite(strict.high) if strict.bounded else None,
                 "bounded": bool(ratio.bounded),
-                "note": ratio.explanation,
+                "claimed": baseline in plan.decision.against,
+                "note": ratio_note(ratio),
                 "slope": finite(ratio.slope.estimate),
                 "slope_low": finite(ratio.slope.low),
                 "slope_high": finite(ratio.slope.high),
@@ -153,6 +159,14 @@ def ratios(results: Results) -> list[Record]:
             }
         )
     return found
+
+
+def ratio_note(ratio: SizeRatio) -> str:
+    """Why a ratio has no bounds, and what is ruled out all the same."""
+    if ratio.excluded is None:
+        return ratio.explanation
+    low, high = (math.exp(min(value, 700.0)) for value in ratio.excluded)
+    return f"{ratio.explanation}; ratios between {low:.3g} and {high:.3g} are ruled out"
 
 
 def rate_distortions(results: Results) -> list[Record]:
@@ -176,7 +190,7 @@ def rate_distortions(results: Results) -> list[Record]:
     return found
 
 
-def factorial(results: Results) -> Record | None:
+def factorial(results: Results, compared: list[Record]) -> Record | None:
     """{candidate, baseline} VAE x {candidate, baseline} flow at the largest size; both flows on a third, common VAE."""
     plan = results.frozen.plan
     if plan.vaes is None:
@@ -208,7 +222,9 @@ def factorial(results: Results) -> Record | None:
             for name, (label, effect) in contrasts.items()
         ],
         "cells": (results.sign * values.mean(-1)).tolist(),
-        "common": compare(results, arms[1], common[0], size, [size]) if common else None,
+        "common": next(
+            (row for row in compared if common and (row["baseline"], row["vae"]) == (arms[1], common[0])), None
+        ),
     }
 
 

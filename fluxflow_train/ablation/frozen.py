@@ -7,6 +7,7 @@ from typing import Any
 
 from fluxflow_train.ablation.ledger import Ledger
 from fluxflow_train.ablation.plan import Plan, Run, expand, parse
+from fluxflow_train.cli import quoted
 from fluxflow_train.errors import UserError
 
 RUNS = "runs"  # the folder of the runs' directories
@@ -40,6 +41,13 @@ class Frozen:
             return None
         return min(self.plan.tuning.sizes, key=lambda tuned: abs(math.log(self.cost(tuned) / self.cost(size))))
 
+    def budget_images(self, run: Run) -> int:
+        if run.phase == "vae" and self.plan.vaes is not None:
+            return self.plan.vaes.budget_images
+        if run.phase == "tune" and self.plan.tuning is not None:
+            return self.plan.tuning.budget_images
+        return self.plan.budget_images
+
     def overrides(self, run: Run, chosen: float | None, folder: Path) -> list[str]:
         """What stands behind `python -m fluxflow_train` for that run; `chosen`: the tuned value, None where none is."""
         plan, tuning = self.plan, self.plan.tuning
@@ -48,23 +56,21 @@ class Frozen:
             assert plan.vaes is not None and run.vae is not None
             own = [f"+experiment={plan.vaes.experiment}", *plan.vaes.overrides, *plan.vaes.arms[run.vae]]
             own += self.vaes[run.vae]["overrides"]
-            budget, split = plan.vaes.budget_images, plan.metric.split
+            split = plan.metric.split
         else:
             assert run.arm is not None and run.size is not None
             own = [f"+experiment={plan.experiment}", *plan.overrides, *plan.sizes[run.size], *plan.arms[run.arm]]
             own += self.networks[run.arm][run.size]["overrides"]
-            budget, split = plan.budget_images, plan.metric.split
-            if run.phase == "tune" and tuning is not None:
-                budget, split = tuning.budget_images, "tune"
+            split = "tune" if run.phase == "tune" else plan.metric.split
             value = run.value if run.phase == "tune" else chosen
             if value is not None and tuning is not None:
-                own.append(f"{tuning.key}={value!r}")
+                own.append(f"{tuning.key}={int(value) if value.is_integer() else value!r}")
             if run.vae is not None:
-                own.append(f"vae={folder / RUNS / 'vae' / f'{run.vae}-seed{run.seed}'}")
+                own.append(f"vae={quoted(str(folder / RUNS / 'vae' / f'{run.vae}-seed{run.seed}'))}")
         own.append(f"trainer.precision={self.origin['precision']}")  # on machines of any kind
         own.append(f"run_id={plan.name}-{self.origin['id']}-{run.name.replace('/', '-')}")  # W&B's too
-        own += ["match=none", f"seed={run.seed}", f"budget.images={budget}", f"evaluate.split={split}"]
-        return [*own, f"run={directory}"]
+        own += ["match=none", f"seed={run.seed}", f"budget.images={self.budget_images(run)}", f"evaluate.split={split}"]
+        return [*own, f"run={quoted(str(directory))}"]
 
     def record(self) -> dict[str, Any]:
         """What the ledger keeps of it."""

@@ -1,7 +1,7 @@
 """What happened to every run of a study: one table that is only ever added to, in `ledger.sqlite`.
 
-A row is an event: the plan was frozen; a run began, finished, failed, was stopped, or was found killed. Failures stay.
-Rows hold all that the report is made of, so that the runs' folders may be deleted.
+A row is an event: the plan was frozen; a run began, finished, failed, was stopped, or was found killed; a tuned value
+was chosen; an arm was measured for the table of targets. Failures stay. Rows hold all that the report is made of.
 """
 
 import json
@@ -23,7 +23,8 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS ledger (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     time TEXT NOT NULL,
-    event TEXT NOT NULL CHECK (event IN ('frozen', 'begun', 'finished', 'failed', 'stopped', 'killed')),
+    event TEXT NOT NULL CHECK (event IN
+        ('frozen', 'begun', 'finished', 'failed', 'stopped', 'killed', 'chosen', 'measured')),
     run TEXT,
     attempt INTEGER,
     record TEXT NOT NULL CHECK (json_valid(record))
@@ -34,6 +35,7 @@ CREATE TRIGGER IF NOT EXISTS keeps_values BEFORE UPDATE ON ledger
     BEGIN SELECT RAISE(ABORT, 'the ledger is only added to'); END;
 CREATE UNIQUE INDEX IF NOT EXISTS one_plan ON ledger (event) WHERE event = 'frozen';
 CREATE UNIQUE INDEX IF NOT EXISTS one_result ON ledger (run) WHERE event = 'finished';
+CREATE UNIQUE INDEX IF NOT EXISTS one_choice ON ledger (run) WHERE event = 'chosen';
 CREATE VIEW IF NOT EXISTS runs AS SELECT run, event, attempt, time,
     json_extract(record, '$.arm') AS arm, json_extract(record, '$.size') AS size,
     json_extract(record, '$.seed') AS seed, json_extract(record, '$.vae') AS vae,
@@ -44,7 +46,10 @@ CREATE VIEW IF NOT EXISTS runs AS SELECT run, event, attempt, time,
 
 
 class Event(NamedTuple):
-    """A row. `time` in UTC, ISO 8601; `run` and `attempt` (from 1) are None for the plan."""
+    """A row. `time` in UTC, ISO 8601; `attempt` counts from 1.
+
+    `run` is its name; of a choice, arm and size; of a measurement, the arm; of the plan None. These have no `attempt`.
+    """
 
     time: str
     event: str
@@ -82,7 +87,8 @@ class Ledger:
         """Append a row; it is on the disk when this returns.
 
         Raises:
-            sqlite3.IntegrityError: a second plan, or a second result of a run.
+            sqlite3.IntegrityError: a second plan, a second result of a run, or a second choice.
+            ValueError: the record holds a number that is not finite.
         """
         now = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
         with self._connected() as connection:
@@ -123,6 +129,13 @@ class Ledger:
                 "SELECT time, event, run, attempt, record FROM ledger WHERE run = ? ORDER BY id DESC LIMIT 1", (run,)
             ).fetchone()
         return None if row is None else Event(*row[:4], json.loads(row[4]))
+
+    def metrics(self, runs: tuple[str, ...]) -> dict[str, float]:
+        """The metric by run, of those among `runs` that have finished."""
+        marks = ",".join("?" * len(runs))
+        query = "SELECT run, json_extract(record, '$.metric') FROM ledger WHERE event = 'finished'"
+        with self._connected() as connection:
+            return dict(connection.execute(f"{query} AND run IN ({marks})", runs).fetchall())
 
     def records(self, event: str, runs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         """Records of that event, by run, of those among `runs` that have one."""

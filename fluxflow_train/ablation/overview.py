@@ -87,25 +87,24 @@ def pictures(results: Results) -> list[Record]:
     ]
 
 
-def targets(frozen: Frozen, finished: dict[str, Record]) -> Record:
+def targets(frozen: Frozen, measured: dict[str, Record]) -> Record:
     """The four rows of the project page's table: measured for every arm at its largest, or empty with the cause."""
-    measured = {arm: finished.get(f"target/{arm}") for arm in frozen.plan.arms}
     rows = []
     for name, (label, unit, published) in PUBLISHED.items():
-        entries = {arm: (record or {}).get("rows", {}).get(name) for arm, record in measured.items()}
+        entries = {arm: measured[arm]["rows"][name] if arm in measured else None for arm in frozen.plan.arms}
         notes = sorted({entry["note"] for entry in entries.values() if entry})
         rows.append(
             {"name": name, "label": label, "unit": unit, "published": list(published)}
             | {"values": {arm: entry and entry["value"] for arm, entry in entries.items()}}
             | {"note": "; ".join(notes) or "not measured: the plan has targets: false, or its runs have not finished"}
-            | {"runs": {arm: record["measured_run"] for arm, record in measured.items() if record}}
+            | {"runs": {arm: record["measured_run"] for arm, record in measured.items()}}
         )
-    hardware = sorted({record["hardware"] for record in measured.values() if record})
+    hardware = sorted({record["hardware"] for record in measured.values()})
     return {"arms": list(frozen.plan.arms), "hardware": "; ".join(hardware), "rows": rows}
 
 
 def provenance(frozen: Frozen, finished: dict[str, Record], ledger: str, command: str) -> Record:
-    trained = [record for record in finished.values() if "environment" in record]
+    trained = finished.values()
     versions: dict[str, set[str]] = {}
     for record in trained:
         for key, value in record["environment"].items():
@@ -126,35 +125,54 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
     """What a reader must know before believing a number."""
     found = []
     if len(report["provenance"]["git"]["runs"]) > 1:
-        found.append("The runs were made by different versions of the code.")
-    unsure = [name for name, record in finished.items() if record.get("report_status") not in (None, "final")]
+        found.append("The runs were made by different versions of the code")
+    unsure = [name for name, record in finished.items() if record["report_status"] != "final"]
     if unsure:
-        found.append(f"{len(unsure)} runs have reports that are not final, the first of them {unsure[0]}.")
+        found.append(f"{len(unsure)} runs have reports that are not final, the first of them {unsure[0]}")
     edges = [f"{row['arm']} ({row['chosen']:g})" for row in report["tuning"] if row["at_edge"]]
     if edges:
-        found.append(f"Tuned values at an end of the grid, where a better one may lie beyond: {', '.join(edges)}.")
+        found.append(f"Tuned values at an end of the grid, where a better one may lie beyond: {', '.join(edges)}")
     apart = sorted({row["baseline"] for row in report["comparisons"] if row["rates_agree"] is False})
     if apart:
         found.append(
             f"Rates differ by more than 5 % from {', '.join(apart)}: compare by the rate-distortion rows, not by "
-            "quality alone."
+            "quality alone"
         )
     bent = [row["baseline"] for row in report["ratios"] if excludes_zero(row["curvature"])]
     if bent:
         found.append(
-            f"Quality is not straight in log size against {', '.join(bent)}: the ratio holds between these sizes only."
+            f"Quality is not straight in log size against {', '.join(bent)}: the ratio holds between these sizes only"
         )
     turned = [row["baseline"] for row in report["ratios"] if excludes_zero(row["slope_difference"])]
     if turned:
-        found.append(f"The slopes of the two arms differ against {', '.join(turned)}: the ratio depends on the size.")
+        found.append(f"The slopes of the two arms differ against {', '.join(turned)}: the ratio depends on the size")
+    lost = sorted({(run["arm"], run["seed"]) for run in report["runs"] if run["phase"] == "main" and is_lost(run)})
+    if lost:
+        words = ", ".join(f"{arm} (seed {seed})" for arm, seed in lost)
+        found.append(f"Runs of {words} failed: their seeds are left out of the comparisons, which favours these arms")
+    mixed = [name for name, digests in configurations(report, finished).items() if len(digests) > 1]
+    if mixed:
+        found.append(f"The seeds of {', '.join(mixed)} were not trained with one configuration")
     if report["ratios"] and len(plan.sizes) == 2:
-        found.append("Two sizes can't show whether quality is straight in log size.")
+        found.append("Two sizes can't show whether quality is straight in log size")
     if len(plan.seeds) < 3:
-        found.append(f"{len(plan.seeds)} seed(s): the intervals are very wide, and no pair correlation can be told.")
+        found.append(f"{len(plan.seeds)} seed(s): the intervals are very wide, and no pair correlation can be told")
     largest = max((cell["residual"] or 0 for cell in report["cells"]), key=abs, default=0.0)
     if abs(largest) > plan.tolerance:
-        found.append(f"An arm is {largest:+.1%} from what it was matched to.")
+        found.append(f"An arm is {largest:+.1%} from what it was matched to")
     return found
+
+
+def is_lost(run: Record) -> bool:
+    return run["status"] == "failed"
+
+
+def configurations(report: Record, finished: dict[str, Record]) -> dict[str, set[str]]:
+    """Digests of the configurations of each cell's runs, but for what differs between seeds."""
+    return {
+        f"{cell['arm']} {cell['size']}": {finished[name]["compared_sha256"] for name in cell["runs"]}
+        for cell in report["cells"]
+    }
 
 
 def excludes_zero(interval: Record | None) -> bool:

@@ -46,11 +46,13 @@ class Decision:
     Args:
         size_ratio: the claim: every baseline needs so many times the parameters for the same quality. None: no claim,
             the question is whether there is a difference.
+        against: the arms that the claim, or the question, is about; the others are controls.
         margin: differences of the metric below it make two arms equal.
         confidence: of all intervals.
     """
 
     size_ratio: float | None
+    against: tuple[str, ...]
     margin: float
     confidence: float
 
@@ -212,13 +214,15 @@ def parse(content: dict[str, Any], where: str) -> Plan:
         for name in names:
             if not set(name) <= NAME:
                 raise UserError(f"{where}: {name!r} of {what} must be letters, digits and _: it names folders")
-    wrong = {
+    wrong: dict[str, bool] = {
         f"candidate={plan.candidate} is no arm: there are {', '.join(plan.arms)}": plan.candidate not in plan.arms,
         "a comparison wants two arms or more": len(plan.arms) < 2,
         "sizes and seeds must not be empty": not plan.sizes or not plan.seeds,
         f"match={plan.match}: it is one of {', '.join(MATCHINGS)}": plan.match not in MATCHINGS,
         "metric.better is higher or lower": plan.metric.better not in ("higher", "lower"),
-        "decision.confidence lies between 0 and 1": not 0 < plan.decision.confidence < 1,
+        "decision.confidence lies between 0.5 and 1": not 0.5 < plan.decision.confidence < 1,
+        "decision.against names arms of the plan other than the candidate": not plan.decision.against
+        or not set(plan.decision.against) <= set(plan.baselines),
         "decision.margin is positive": plan.decision.margin <= 0,
         "decision.size_ratio is positive, or null": plan.decision.size_ratio is not None
         and plan.decision.size_ratio <= 0,

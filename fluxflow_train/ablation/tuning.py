@@ -33,13 +33,19 @@ class Curve(NamedTuple):
         return self.chosen is not None and len(values) > 1 and self.chosen in (min(values), max(values))
 
 
-def choose(plan: Plan, results: Mapping[str, float]) -> list[Curve]:
+def key_of(arm: str, size: str | None) -> str:
+    """What a choice stands under in the ledger."""
+    return f"{arm}-{size}"
+
+
+def choose(plan: Plan, results: Mapping[str, float], fixed: Mapping[str, float]) -> list[Curve]:
     """For every arm and tuned size, the value with the best mean; of equal ones the smallest.
 
     A value counts where all its trials finished: one that diverges for a seed is no choice.
 
     Args:
         results: the metric by the name of the run, of the trials that have one.
+        fixed: what has been chosen, by `key_of`: a trial that succeeds later changes nothing.
     """
     if plan.tuning is None:
         return []
@@ -54,7 +60,7 @@ def choose(plan: Plan, results: Mapping[str, float]) -> list[Curve]:
             complete = [point for point in points if len(point.results) == len(plan.tuning.seeds)]
             sign = 1 if plan.metric.better == "lower" else -1
             best = min(complete, key=lambda point: (sign * (point.mean or 0.0), point.value), default=None)
-            curves.append(Curve(arm, size, points, best and best.value))
+            curves.append(Curve(arm, size, points, fixed.get(key_of(arm, size), best and best.value)))
     return curves
 
 

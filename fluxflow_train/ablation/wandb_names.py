@@ -1,6 +1,7 @@
 """What a study's run is called in W&B, as overrides of `logger=wandb`; `reports/dashboard.py` finds the runs by it."""
 
 from fluxflow_train.ablation.plan import Run
+from fluxflow_train.cli import quoted
 
 
 def wandb_overrides(study: str, run: Run, *, parameters: int | None, flops: float | None) -> list[str]:
@@ -21,9 +22,3 @@ def wandb_overrides(study: str, run: Run, *, parameters: int | None, flops: floa
         f"logger.wandb.tags=[{','.join(tags)}]",
         f"++logger.wandb.labels={{{','.join(labels)}}}",  # ++ because the keys are new
     ]
-
-
-def quoted(text: str) -> str:
-    """A string of Hydra's grammar, whatever is in it; a number in quotes stays a text."""
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"

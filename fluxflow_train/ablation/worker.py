@@ -7,6 +7,7 @@ frees when a process dies. A run that was stopped or killed goes on from its che
 import os
 import platform
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,20 +15,30 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fluxflow_train import preemption
 from fluxflow_train.ablation.collecting import collect
 from fluxflow_train.ablation.frozen import RUNS, Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.plan import Run
-from fluxflow_train.ablation.tuning import choose, chosen
+from fluxflow_train.ablation.tuning import choose, chosen, key_of
 from fluxflow_train.data.lock import taken
 from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
 
 POLL = 0.2  # seconds
 WAIT = 5.0  # seconds between looks at what other workers do
 TAIL = 4000  # characters of a failed command's words that are kept
+SICK = 4  # different runs that fail on a machine one after another
+LAUNCHER = (
+    "SLURM_STEP",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+)
 LOG = "study.log"  # in the run's directory: what its command said
 
 Say = Callable[[str], None]
@@ -40,6 +51,7 @@ class Worker:
         extra: overrides of where and how, for every run, as trainer= or data.root=: no part of the plan.
         names: the overrides that a run has beside them, by run.
         threads: of each run; None leaves it to torch.
+        gpu: number of the one that its runs see; None: all that this process sees.
         attempts: how often a run may fail, over all workers and sessions.
     """
 
@@ -50,16 +62,21 @@ class Worker:
         extra: list[str],
         names: Callable[[Run], list[str]],
         threads: int | None,
+        gpu: int | None,
         attempts: int,
         say: Say,
     ):
         self.frozen, self.folder, self.extra, self.names = frozen, folder, extra, names
-        self.threads, self.attempts, self.say = threads, attempts, say
+        self.threads, self.gpu, self.attempts, self.say = threads, gpu, attempts, say
         self.ledger = Ledger(folder / FILE_NAME)
-        self.trials = tuple(run.name for run in frozen.runs if run.phase == "tune")
+        self.failed_here: list[str] = []  # since the last success
 
     def work(self) -> None:
-        """Raises Stopped where a signal came; what was begun is saved."""
+        """
+        Raises:
+            Stopped: a signal came; what was begun is saved.
+            UserError: several runs failed here, one after another: this machine, rather than they, is not well.
+        """
         idle = 0
         while True:
             preemption.check()
@@ -68,8 +85,8 @@ class Worker:
             if any(self.claim(run) for run, state in states if state == "ready"):
                 idle = 0
                 continue  # what it made may have made earlier runs ready
-            if not any(state in ("ready", "blocked") for _, state in states):
-                return
+            if not any(state == "blocked" for _, state in states):
+                return  # what is ready, others make
             # Another worker between two runs holds none for a moment.
             idle = 0 if self.others_work(finished) else idle + 1
             if idle > 2:
@@ -99,11 +116,22 @@ class Worker:
         return "ready"
 
     def value(self, run: Run) -> float | None:
-        """The tuned value of a run that is compared."""
-        if run.phase != "main" or run.size is None or run.arm is None or not self.trials:
+        """The tuned value of a run that is compared, its trials over: chosen once, for all workers and seeds."""
+        size = None if run.size is None else self.frozen.tuned_size(run.size)
+        if run.phase != "main" or run.arm is None or size is None:
             return None
-        results = {name: record["metric"] for name, record in self.ledger.records("finished", self.trials).items()}
-        return chosen(choose(self.frozen.plan, results), run.arm, self.frozen.tuned_size(run.size))
+        key = key_of(run.arm, size)
+        if (choice := self.ledger.records("chosen", (key,)).get(key)) is not None:
+            return choice["value"]
+        trials = tuple(trial.name for trial in self.frozen.runs if (trial.phase, trial.arm) == ("tune", run.arm))
+        value = chosen(choose(self.frozen.plan, self.ledger.metrics(trials), {}), run.arm, size)
+        if value is None:
+            return None
+        try:
+            self.ledger.add("chosen", key, None, {"arm": run.arm, "size": size, "value": value})
+        except sqlite3.IntegrityError:  # another worker was first
+            return self.ledger.records("chosen", (key,))[key]["value"]
+        return value
 
     def others_work(self, finished: set[str]) -> bool:
         """Whether another worker holds a run that is not done: something is worth waiting for."""
@@ -118,21 +146,30 @@ class Worker:
         return self.folder / "locks" / f"{run.name.replace('/', '-')}.lock"
 
     def claim(self, run: Run) -> bool:
-        """Make the run, unless another worker does."""
+        """Make the run, unless another worker does.
+
+        Raises:
+            UserError: the folder's file system knows no locks.
+        """
         path = self.lock(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            if not taken(file):
-                return False
-            if run.name in self.ledger.finished():  # another made it in between
-                return True
-            self.make(run, file.fileno())
+            try:
+                if not taken(file):
+                    return False
+            except OSError as error:
+                raise UserError(
+                    f"{path} can't be locked ({error.strerror}): give a dir=DIR whose disk knows flock"
+                ) from error
+            # Another may have made it, or failed at it, in between.
+            if self.state(run, self.ledger.finished(), self.ledger.failures()) == "ready":
+                self.make(run, file.fileno())
         return True
 
     def make(self, run: Run, lock: int) -> None:
         last = self.ledger.last(run.name)
         if last is not None and last.event == "begun":  # its lock was free
-            self.ledger.add("killed", run.name, last.attempt, {"error": "the process was killed, or its machine went"})
+            self.ledger.add("killed", run.name, last.attempt, {"error": "the worker was killed, or its machine went"})
         attempt = 1 if last is None else (last.attempt or 0) + 1
         value = self.value(run)
         about = {
@@ -149,29 +186,40 @@ class Worker:
         overrides = [*self.frozen.overrides(run, value, self.folder), *self.extra, *self.names(run)]
         self.ledger.add("begun", run.name, attempt, {**about, "overrides": overrides})
         started = time.monotonic()
-        code, said = self.train(self.folder / RUNS / run.name, overrides, lock)
+        directory = self.folder / RUNS / run.name
+        code, said = self.train(directory, overrides, lock)
         about["wall_seconds"] = round(time.monotonic() - started, 2)
         if code == 0:
             try:
-                record = about | collect(self.folder / RUNS / run.name, self.frozen.plan.metric.name)
-            except UserError as error:
-                code, said = 1, str(error)
-            else:
-                self.ledger.add("finished", run.name, attempt, record)
-                metric = self.frozen.plan.metric
-                self.say(f"{run.name}: {metric.name} {record['metric']:.5g} in {about['wall_seconds']:.0f} s")
+                found = collect(directory, self.frozen.plan.metric.name, self.frozen.budget_images(run))
+                self.ledger.add("finished", run.name, attempt, about | found)
+                self.failed_here.clear()
+                metric = self.frozen.plan.metric.name
+                self.say(f"{run.name}: {metric} {found['metric']:.5g} in {about['wall_seconds']:.0f} s")
                 return
+            except (ValueError, OSError) as error:  # no whole report, no metric, a number that is not finite
+                said = f"{said}\n{error}"
+        about |= {"code": code, "error": said[-TAIL:]}
         if code == EXIT_STOPPED or preemption.noted():
-            self.ledger.add("stopped", run.name, attempt, {**about, "code": code, "error": said[-TAIL:]})
+            self.ledger.add("stopped", run.name, attempt, about)
             raise Stopped(f"{run.name} was stopped, saved: the same command goes on from here")
-        event = "killed" if code == -signal.SIGKILL else "failed"
-        self.ledger.add(event, run.name, attempt, {**about, "code": code, "error": said[-TAIL:]})
-        self.say(f"{run.name}: {event} (exit code {code}): {said.strip().splitlines()[-1] if said.strip() else ''}")
+        self.ledger.add("failed", run.name, attempt, about)
+        self.failed_here.append(run.name)
+        words = said.strip().splitlines()[-1] if said.strip() else "without a word, as where memory ran out"
+        self.say(f"{run.name}: failed (exit code {code}): {words}")
+        if len(set(self.failed_here)) >= SICK:
+            raise UserError(
+                f"{len(set(self.failed_here))} different runs failed here one after another, the last with {words!r}: "
+                f"put {platform.node()} right, then give the same command again with attempts={self.attempts + 1}"
+            )
 
     def train(self, directory: Path, overrides: list[str], lock: int) -> tuple[int, str]:
         """The command's exit code and what it wrote. It inherits the lock, so the claim lasts as long as it does."""
         directory.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        # A job step's ranks are the worker's, not the run's.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
+        if self.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu)
         if self.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         path = directory / LOG
@@ -203,6 +251,7 @@ def work_together(workers: list[Worker]) -> None:
             worker.work()
         except BaseException as error:  # handed to the caller: a thread has none to raise it to
             errors.append(error)
+            worker.say(str(error))
 
     threads = [threading.Thread(target=body, args=(worker,)) for worker in workers]
     for thread in threads:
@@ -222,8 +271,3 @@ def progress(frozen: Frozen, ledger: Ledger, attempts: int) -> dict[str, int]:
         failed = failures.get(run.name, 0) >= attempts
         states["finished" if run.name in finished else "failed" if failed else "pending"] += 1
     return {state: states[state] for state in ("finished", "failed", "pending")}
-
-
-def results(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """The record of every finished run, by name."""
-    return {event.run: event.record for event in ledger.events() if event.event == "finished" and event.run}

@@ -158,10 +158,11 @@ def known(value: float) -> float | None:
 
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Means over the layers that have the value; `grad_norm_spread` in powers of ten."""
+    """Means over the arm's layers that have the value, heads left out; `grad_norm_spread` of all, in powers of ten."""
+    own = [entry for entry in entries if entry["kind"] != "trainable_bezier"]
 
-    def over(combine: Callable[[list[float]], float], name: str) -> float | None:
-        values = [entry[name] for entry in entries if entry[name] is not None]
+    def over(combine: Callable[[list[float]], float], name: str, layers: list[dict[str, Any]] = own) -> float | None:
+        values = [entry[name] for entry in layers if entry[name] is not None]
         return known(combine(values)) if values else None
 
     def mean(values: list[float]) -> float:
@@ -176,7 +177,7 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, float | None]:
         "dead_worst": over(max, "dead"),
         "saturated": over(mean, "saturated"),
         "outside": over(mean, "outside"),
-        "grad_norm_spread": over(spread, "grad_norm"),
+        "grad_norm_spread": over(spread, "grad_norm", entries),
         "variance_last": entries[-1]["variance"],
     }
 

@@ -13,7 +13,7 @@ from fluxflow_train.reports.study_charts import WIDTH, colour, mark, reach, whis
 LEFT, RIGHT = 12, 328
 ROW, TOP = 36, 8
 LETTERS = 44  # that fit into a row, its label and its value together
-CLAIM = (2.0, 2.5)  # the size ratio that is claimed
+CLAIM = (2.0, 2.5)  # the size ratio that the authors of the family claim
 WIDEST = 16.0  # the largest ratio that an axis shows; beyond it, intervals are arrows
 
 
@@ -56,7 +56,7 @@ def ratios(rows: Sequence[Row], x_label: str) -> Markup:
     back = (
         f'<path class="claim" d="M{a} {top}H{b}V{bottom}H{a}Z"/>'
         f'<path class="edge" d="M{a} {top}V{bottom}M{b} {top}V{bottom}"/>'
-        f'<text class="label" x="{(a + b) / 2:g}" y="{top - 5}" text-anchor="middle">claim 2 to 2.5</text>'
+        f'<text class="label" x="{(a + b) / 2:g}" y="{top - 5}" text-anchor="middle">published claim 2 to 2.5</text>'
         f'<path class="zero" d="M{axis(1)} {top}V{bottom}"/>'
         f'<text class="label" x="{axis(1)}" y="{top - 5}" text-anchor="middle">same size</text>'
     )

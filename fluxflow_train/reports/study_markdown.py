@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fluxflow_train.reports.page import number, plain
-from fluxflow_train.reports.study_words import between, fine, missing, signed
+from fluxflow_train.reports.study_words import between, fine, level, missing, signed
 
 
 def render(report: dict[str, Any]) -> str:
@@ -59,7 +59,17 @@ def share(value: float | None, digits: int = 2) -> str:
 
 def cells(report: dict[str, Any]) -> list[str]:
     metric = report["metric"]
-    heads = ["arm", "size", "n", label(report), "95 % interval", "parameters", "FLOPs per image", "residual", "seconds"]
+    heads = [
+        "arm",
+        "size",
+        "n",
+        label(report),
+        f"{level(report)} interval",
+        "parameters",
+        "FLOPs per image",
+        "residual",
+        "seconds",
+    ]
     heads += ["images/s", "MiB", "rate, nats", "learning rate", "runs"]
     rows = [
         [
@@ -97,7 +107,7 @@ def comparisons(report: dict[str, Any]) -> list[str]:
         "size",
         "n",
         "difference (+ is better)",
-        "95 % interval",
+        f"{level(report)} interval",
         "p",
         "p (Holm)",
         "correlation",
@@ -130,7 +140,17 @@ def yes(value: bool | None) -> str:
 
 
 def ratios(report: dict[str, Any]) -> list[str]:
-    heads = ["arm", "baseline", "VAE", "n", "size ratio", "95 % interval", "slope per e-fold", "curvature", "note"]
+    heads = [
+        "arm",
+        "baseline",
+        "VAE",
+        "n",
+        "size ratio",
+        f"{level(report)} interval",
+        "slope per e-fold",
+        "curvature",
+        "note",
+    ]
     rows = [
         [
             word(r["arm"]),
@@ -179,7 +199,7 @@ def factorial(report: dict[str, Any]) -> list[str]:
     rows = [
         [word(name), signed(e["difference"], unit), between(e, unit, sign=True), fine(e["p"])] for name, e in effects
     ]
-    return [*lines, "", *table(["effect", "difference (+ is better)", "95 % interval", "p"], rows)]
+    return [*lines, "", *table(["effect", "difference (+ is better)", f"{level(report)} interval", "p"], rows)]
 
 
 def rate_distortion(report: dict[str, Any]) -> list[str]:
@@ -195,7 +215,7 @@ def rate_distortion(report: dict[str, Any]) -> list[str]:
         ]
         for r in report["rate_distortion"]
     ]
-    return table(["arm", "baseline", "n", "difference at equal rate", "95 % interval", "note"], rows)
+    return table(["arm", "baseline", "n", "difference at equal rate", f"{level(report)} interval", "note"], rows)
 
 
 def health(report: dict[str, Any]) -> list[str]:
@@ -212,7 +232,8 @@ def targets(report: dict[str, Any]) -> list[str]:
         return []
     heads = [
         "",
-        *(f"{word(arm)}, published" for arm in found["arms"]),
+        "ReLU baseline, published",
+        "Bezier, published",
         *(f"{word(arm)}, here" for arm in found["arms"]),
     ]
     rows = []

@@ -21,10 +21,9 @@ from fluxflow_train.reports.study_panels import (
     under,
     y_label,
 )
-from fluxflow_train.reports.study_words import between, fine, missing, signed
+from fluxflow_train.reports.study_words import between, fine, level, missing, signed
 
 TONES = {"supported": "final", "refuted": "smoke", "undecided": "partial"}
-SIGNIFICANT = 0.05
 NO_ARM = 6  # the place whose colour is the text's
 
 
@@ -35,6 +34,8 @@ def render(report: dict[str, Any]) -> str:
     arms = order(report)
     return environment.get_template("study.html.jinja").render(
         report=report,
+        level=level(report),
+        alpha=f"{1 - report['confidence']:.3g}",
         arms=arms,
         keys={name: study_charts.key(place) for name, place in arms.items()},
         study_style=page.source("study.css"),
@@ -108,7 +109,7 @@ def forests(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, 
     margin = next((c["margin"] for c in known if c["margin"]), None)
     groups: dict[tuple[str | None, str | None], list[Row]] = {}
     for c in known:
-        solid = c["p_holm"] is not None and c["p_holm"] < SIGNIFICANT
+        solid = c["p_holm"] is not None and c["p_holm"] < 1 - report["confidence"]
         row = difference_row(c, arms[c["baseline"]], against(c, report["candidate"]), metric["unit"], solid)
         groups.setdefault((c["size"], c["vae"]), []).append(row)
     span = study_forest.span_of([row for rows in groups.values() for row in rows], margin)
@@ -131,9 +132,10 @@ def rate_distortion_chart(report: dict[str, Any], arms: dict[str, int]) -> Marku
 def effects_chart(report: dict[str, Any]) -> Markup | None:
     if report["factorial"] is None:
         return None
+    alpha = 1 - report["confidence"]
     effects = [effect for effect in report["factorial"]["effects"] if effect["difference"] is not None]
     rows = [
-        difference_row(e, NO_ARM, e["name"], report["metric"]["unit"], e["p"] is not None and e["p"] < SIGNIFICANT)
+        difference_row(e, NO_ARM, e["name"], report["metric"]["unit"], e["p"] is not None and e["p"] < alpha)
         for e in effects
     ]
     return forest_of(rows, f"{y_label(report)}: → better") if rows else None

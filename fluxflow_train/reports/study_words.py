@@ -27,12 +27,17 @@ def between(entry: dict[str, Any], unit: str | None = None, sign: bool = False) 
     return f"[{texts[0]}, {'∞' if high is None else texts[1]}]"
 
 
+def level(report: dict[str, Any]) -> str:
+    """Of the intervals."""
+    return f"{100 * report['confidence']:g} %"
+
+
 def missing(report: dict[str, Any]) -> dict[str, str]:
     """Why a part of the study is not there; only parts that are not."""
     one_size = len(report["sizes"]) < 2
     nothing = "no run has finished yet"
     finished = report["counts"]["finished"] > 0
-    seeds = "every comparison needs two arms with at least two seeds in common"
+    seeds = "no two arms have finished with a seed in common"
     reasons = {
         "cells": "every run is still pending or failed",
         "ratios": "a ratio needs at least two sizes, this study has one" if one_size else seeds,

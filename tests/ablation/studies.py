@@ -23,7 +23,7 @@ CONTENT: dict[str, Any] = {
     "vaes": None,
     "tuning": None,
     "metric": {"name": "psnr", "label": "PSNR", "unit": "dB", "better": "higher", "split": "test"},
-    "decision": {"size_ratio": 2.0, "margin": 0.3, "confidence": 0.95},
+    "decision": {"size_ratio": 2.0, "against": ["relu"], "margin": 0.3, "confidence": 0.95},
     "targets": False,
 }
 TUNING = {"key": "scale.learning_rate", "values": [0.004, 0.001], "sizes": ["m"], "seeds": [100], "budget_images": 32}
@@ -86,6 +86,7 @@ def record_of(run: Run, metric: float, rate: float | None = 500.0) -> dict[str, 
         "rate_nats": rate,
         "weights_sha256": "0" * 64,
         "config_sha256": "1" * 64,
+        "compared_sha256": "2" * 64,
         "command": f"python -m fluxflow_train {run.name}",
         "git": "abc",
         "environment": {"torch": "2", "device": "a processor"},

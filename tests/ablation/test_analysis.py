@@ -21,6 +21,7 @@ SEEDS = [0, 1, 2, 3, 4]
 
 
 def report_of(folder: Path, frozen: Frozen, metrics: dict[str, float]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     ledger = Ledger(folder / FILE_NAME)
     written(ledger, frozen, metrics)
     report = analyse(ledger, "python -m fluxflow_train.report study=here")
@@ -53,11 +54,16 @@ def test_the_claim_of_a_size_ratio(tmp_path: Path, gap: float, verdict: str) -> 
 
 
 def test_every_baseline_must_support_the_claim_and_one_refutes_it(tmp_path: Path) -> None:
-    arms = {"bezier": [], "relu": [], "silu": []}
-    frozen = frozen_of(plan_of(sizes=SIZES, seeds=SEEDS, arms=arms))
-    offsets = {"bezier": 2 * math.log(4), "relu": 0.0, "silu": 2 * math.log(4)}
-    report = report_of(tmp_path, frozen, simulated(frozen, offsets, slope=2.0, sd=0.05))
+    arms = {"bezier": [], "relu": [], "silu": [], "gate5": []}
+    decision = {**CONTENT["decision"], "against": ["relu", "silu"]}
+    frozen = frozen_of(plan_of(sizes=SIZES, seeds=SEEDS, arms=arms, decision=decision))
+    offsets = {"bezier": 2 * math.log(4), "relu": 0.0, "silu": 2 * math.log(4), "gate5": 2 * math.log(8)}
+    report = report_of(tmp_path / "a", frozen, simulated(frozen, offsets, slope=2.0, sd=0.05))
     assert report["answer"]["verdict"] == "refuted" and "silu" in report["answer"]["headline"]
+    offsets["silu"] = 0.0  # a control that is better than the candidate refutes nothing
+    report = report_of(tmp_path / "b", frozen, simulated(frozen, offsets, slope=2.0, sd=0.05))
+    assert report["answer"]["verdict"] == "supported"
+    assert overall(report, "gate5")["verdict"] == "worse" and not overall(report, "gate5")["claimed"]
 
 
 def test_differences_are_those_of_a_paired_t_test(tmp_path: Path) -> None:
@@ -79,7 +85,7 @@ def test_differences_are_those_of_a_paired_t_test(tmp_path: Path) -> None:
 
 def test_a_metric_where_lower_is_better_is_turned(tmp_path: Path) -> None:
     metric = {**CONTENT["metric"], "better": "lower"}
-    decision = {"size_ratio": None, "margin": 0.01, "confidence": 0.95}
+    decision = {"size_ratio": None, "against": ["relu"], "margin": 0.01, "confidence": 0.95}
     frozen = frozen_of(plan_of(seeds=SEEDS, metric=metric, decision=decision))
     metrics = simulated(frozen, {"bezier": -1.0, "relu": 0.0}, slope=-1.0, sd=0.05)
     report = report_of(tmp_path, frozen, metrics)
@@ -93,11 +99,14 @@ def test_a_metric_where_lower_is_better_is_turned(tmp_path: Path) -> None:
 
 
 def test_the_same_arm_under_two_names(tmp_path: Path) -> None:
-    decision = {"size_ratio": None, "margin": 0.5, "confidence": 0.95}
+    decision = {"size_ratio": None, "against": ["again", "halved"], "margin": 0.5, "confidence": 0.95}
     arms = {"bezier": [], "again": [], "halved": []}
     frozen = frozen_of(plan_of(sizes=SIZES, seeds=SEEDS, arms=arms, decision=decision))
     offsets = {"bezier": 0.0, "again": 0.0, "halved": -2 * math.log(2)}
     report = report_of(tmp_path, frozen, simulated(frozen, offsets, slope=2.0, sd=0.2))
+    assert report["answer"]["verdict"] == "different"
+    assert "against again equal within the margin" in report["answer"]["headline"]
+    assert "against halved better" in report["answer"]["headline"]
     same, planted = overall(report, "again"), overall(report, "halved")
     assert same["verdict"] == "equal" and same["low"] < 0 < same["high"]
     assert planted["verdict"] == "better" and planted["low"] > 0
@@ -107,7 +116,7 @@ def test_the_same_arm_under_two_names(tmp_path: Path) -> None:
 
 def test_the_four_corners_of_two_vaes_and_two_flows(tmp_path: Path) -> None:
     plan = plan_of(experiment="flow_bezier", vaes=VAES, seeds=SEEDS, sizes={"s": []}, decision={
-        "size_ratio": None, "margin": 0.3, "confidence": 0.95})  # fmt: skip
+        "size_ratio": None, "against": ["relu"], "margin": 0.3, "confidence": 0.95})  # fmt: skip
     frozen = frozen_of(plan)
     metrics = {}
     for run in frozen.runs:
@@ -123,6 +132,9 @@ def test_the_four_corners_of_two_vaes_and_two_flows(tmp_path: Path) -> None:
     assert effects["flow"] == pytest.approx(0.5 + drift + 0.125)
     assert effects["interaction"] == pytest.approx(0.25)
     assert found["common"]["difference"] == pytest.approx(0.5 + drift) and found["common"]["vae"] == "common"
+    assert found["common"]["verdict"] == "better" and report["answer"]["sentences"][0].startswith(
+        "VAE: bezier instead of"
+    )
 
 
 def test_the_better_rate_is_said(tmp_path: Path) -> None:
@@ -140,6 +152,7 @@ def test_the_better_rate_is_said(tmp_path: Path) -> None:
     (row,) = report["rate_distortion"]
     assert row["n"] == 5 and row["difference"] < overall(report)["difference"]  # its quality costs rate
     assert any("Rates differ" in warning for warning in report["warnings"])
+    assert report["answer"]["verdict"] == "undecided" and "its rate differs" in report["answer"]["headline"]
 
 
 def test_what_is_missing_is_said_and_everything_else_stands(tmp_path: Path) -> None:
@@ -157,7 +170,9 @@ def test_what_is_missing_is_said_and_everything_else_stands(tmp_path: Path) -> N
     assert overall(report)["n"] == 4 and report["ratios"][0]["n"] == 4
     (failure,) = report["failures"]
     assert failure["run"] == "main/relu-m-seed3" and "NaN in 11 steps" in failure["error"] and not failure["retried"]
-    assert "1 of 34 runs have no result" in report["answer"]["headline"]
+    assert "1 of 30 runs to compare have no result" in report["answer"]["headline"]
+    assert report["answer"]["verdict"] == "undecided" and "runs of these arms failed" in report["answer"]["headline"]
+    assert any("relu (seed 3) failed" in warning for warning in report["warnings"])
     curve = next(row for row in report["tuning"] if row["arm"] == "relu")
     assert curve["chosen"] == 0.001 and curve["at_edge"]
     assert next(arm for arm in report["arms"] if arm["name"] == "relu")["learning_rates"]["s"] == 0.001

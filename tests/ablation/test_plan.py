@@ -33,7 +33,7 @@ def test_flows_need_the_vae_of_their_seed() -> None:
             assert f"vae/{run.vae}-seed{run.seed}" in run.needs
     frozen = frozen_of(plan_of(experiment="flow_bezier", vaes=VAES))
     run = next(r for r in frozen.runs if r.name == "main/relu-m-on_common-seed1")
-    assert "vae=study/runs/vae/common-seed1" in frozen.overrides(run, None, Path("study"))
+    assert "vae='study/runs/vae/common-seed1'" in frozen.overrides(run, None, Path("study"))
 
 
 def test_a_run_is_one_exact_command() -> None:
@@ -44,13 +44,13 @@ def test_a_run_is_one_exact_command() -> None:
         *common, "activation=bezier", "model.encoder.widths=[9]", f"scale.learning_rate={trial.value}",
         "trainer.precision=32-true", f"run_id=study-beef-{trial.name.replace('/', '-')}", "match=none",
         "seed=100", "budget.images=32", "evaluate.split=tune",
-        f"run=d/runs/{trial.name}",
+        f"run='d/runs/{trial.name}'",
     ]  # fmt: skip
     assert frozen.overrides(run, 0.001, Path("d")) == [
         *common, "activation=relu", "model.encoder.widths=[9]", "scale.learning_rate=0.001",
         "trainer.precision=32-true", "run_id=study-beef-main-relu-m-seed1", "match=none", "seed=1",
         "budget.images=64", "evaluate.split=test",
-        "run=d/runs/main/relu-m-seed1",
+        "run='d/runs/main/relu-m-seed1'",
     ]  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def test_plans_that_ship_are_well_formed(path: Path) -> None:
         ({"arms": {"a/b": [], "bezier": []}}, "'a/b' of arms must be letters"),
         ({"seed": 1}, "unknown key seed: did you mean seeds?"),
         ({"decision": {"margin": 1}}, "lacks the key size_ratio"),
+        ({"decision": {**CONTENT["decision"], "against": ["bezier"]}}, "decision.against names arms"),
+        ({"decision": {**CONTENT["decision"], "confidence": 0.3}}, "confidence lies between"),
         ({"match": "none"}, "arms that are matched"),
         ({"tuning": {**TUNING, "sizes": ["x"]}}, "tuning.sizes x are no sizes"),
         ({"tuning": {**TUNING, "seeds": [1]}}, r"tuning.seeds \[1\] are compared later"),

@@ -15,7 +15,7 @@ from fluxflow_train import preemption
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.worker import Worker, progress, work_together
-from fluxflow_train.errors import EXIT_STOPPED, Stopped
+from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
 from tests.ablation.studies import TUNING, VAES, frozen_of, plan_of
 
 
@@ -39,10 +39,10 @@ class Quick(Worker):
 def finish(directory: Path, psnr: float) -> None:
     results = [{"name": "psnr", "raw": psnr}, {"name": "rate_nats", "raw": 500.0}]
     report = {"results": results, "status": "final", "status_reasons": [], "environment": {}, "figures": {}}
-    made = {"images_seen": 64, "seconds_training": 1.0, "command": "python", "git": "abc"}
+    made = {"images_seen": 128, "seconds_training": 1.0, "command": "python", "git": "abc"}
     (directory / "report.json").write_text(json.dumps(report))
     (directory / "model.json").write_text(json.dumps({"sha256": "0", "provenance": made}))
-    (directory / "config.yaml").write_text("seed: 0")
+    (directory / "config.yaml").write_text(f"seed: {directory.name}")
     (directory / "metrics.csv").write_text("images_seen,val/psnr\n32,19\n64,20\n")
 
 
@@ -53,7 +53,7 @@ def worker(tmp_path: Path) -> Callable[..., Quick]:
         if not ledger.events():
             ledger.add("frozen", None, None, frozen.record())
         return Quick(
-            frozen, tmp_path, ["trainer=cpu"], lambda run: [f"+name={run.arm}"], 1, attempts, lambda line: None
+            frozen, tmp_path, ["trainer=cpu"], lambda run: [f"+name={run.arm}"], 1, None, attempts, lambda line: None
         )
 
     return build
@@ -68,6 +68,7 @@ def test_everything_is_made_once_trials_first(worker: Callable[..., Quick], tmp_
     frozen = frozen_of(plan_of(tuning=TUNING))
     worker(frozen).work()
     events = Ledger(tmp_path / FILE_NAME).events()
+    assert [event.run for event in events if event.event == "chosen"] == ["bezier-m", "relu-m"]
     made = [event.run for event in events if event.event == "finished"]
     assert made == [run.name for run in frozen.runs]
     begun = {event.run: event.record["overrides"] for event in events if event.event == "begun"}
@@ -96,10 +97,40 @@ def test_a_failure_is_kept_and_tried_again_and_hides_nothing(worker: Callable[..
 
 
 def test_a_report_without_the_metric_is_a_failure(worker: Callable[..., Quick], tmp_path: Path) -> None:
-    frozen = frozen_of(plan_of(metric={"name": "kid", "label": "KID", "unit": "", "better": "lower", "split": "test"}))
-    worker(frozen, attempts=1).work()
+    metric = {"name": "kid", "label": "KID", "unit": "", "better": "lower", "split": "test"}
+    with pytest.raises(UserError, match="4 different runs failed here one after another"):  # and that is enough
+        worker(frozen_of(plan_of(metric=metric)), attempts=1).work()
     errors = [event.record["error"] for event in Ledger(tmp_path / FILE_NAME).events() if event.event == "failed"]
-    assert len(errors) == 8 and "has no result kid: there are psnr, rate_nats" in errors[0]
+    assert len(errors) == 4 and "has no result kid: there are psnr, rate_nats" in errors[0]
+
+
+def test_a_run_that_ended_early_is_a_failure(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ended at 128 of 1,000 images"):
+        worker(frozen_of(plan_of(budget_images=1000)), attempts=1).work()
+
+
+def test_a_run_that_memory_ran_out_on_is_not_tried_for_ever(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of())
+    killed = worker(frozen)
+    killed.ends = lambda name: (-signal.SIGKILL, "") if name == "main/relu-m-seed0" else (0, "")
+    killed.work()
+    assert progress(frozen, Ledger(tmp_path / FILE_NAME), 2) == {"finished": 7, "failed": 1, "pending": 0}
+
+
+def test_an_update_with_nan_is_no_reason_to_lose_a_run(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of())
+
+    class Hot(Quick):
+        def train(self, directory: Path, overrides: list[str], lock: int) -> tuple[int, str]:
+            done = super().train(directory, overrides, lock)
+            (directory / "metrics.csv").write_text("images_seen,val/psnr\n32,inf\n64,20\n96,nan\n")
+            return done
+
+    Ledger(tmp_path / FILE_NAME).add("frozen", None, None, frozen.record())
+    Hot(frozen, tmp_path, [], lambda run: [], 1, None, 2, lambda line: None).work()
+    events = Ledger(tmp_path / FILE_NAME).events()
+    records = [event.record for event in events if event.event == "finished"]
+    assert len(records) == 8 and records[0]["curves"]["val/psnr"] == {"images": [64], "values": [20.0]}
 
 
 def test_a_diverging_trial_is_no_choice_and_stops_nothing(worker: Callable[..., Quick], tmp_path: Path) -> None:
@@ -107,6 +138,11 @@ def test_a_diverging_trial_is_no_choice_and_stops_nothing(worker: Callable[..., 
     diverging = worker(frozen)
     diverging.ends = lambda name: (1, "NaN") if "0.004" in name else (0, "")
     diverging.work()
+    worker(frozen, attempts=3).work()  # the trials succeed now, but what was chosen stays
+    assert Ledger(tmp_path / FILE_NAME).failures() == {f"tune/{arm}-m-0.004-seed100": 2 for arm in ("bezier", "relu")}
+    assert len(Ledger(tmp_path / FILE_NAME).finished()) == len(frozen.runs)
+    choices = [event.record["value"] for event in Ledger(tmp_path / FILE_NAME).events() if event.event == "chosen"]
+    assert choices == [0.001, 0.001]
     for event in Ledger(tmp_path / FILE_NAME).events():
         if event.event == "finished" and event.record["phase"] == "main":
             assert event.record["learning_rate"] == 0.001
@@ -145,7 +181,7 @@ def test_workers_share_the_runs(worker: Callable[..., Quick], tmp_path: Path) ->
 
 
 def killed_in_a_run(frozen: Frozen, folder: Path) -> None:
-    slow = Quick(frozen, folder, [], lambda run: [], 1, 2, lambda line: None)
+    slow = Quick(frozen, folder, [], lambda run: [], 1, None, 2, lambda line: None)
     slow.seconds = 60
     slow.work()
 

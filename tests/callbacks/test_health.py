@@ -184,10 +184,12 @@ def test_gradient_norms_are_those_of_what_feeds_the_layer() -> None:
 
 
 def test_spread_is_in_powers_of_ten() -> None:
-    entry = {"dead": 0.0, "outside": None, "saturated": None, "variance": 1.0}
+    entry = {"kind": "relu", "dead": 0.0, "outside": None, "saturated": None, "variance": 1.0}
     values = summary([entry | {"grad_norm": norm} for norm in (None, 0.01, 10.0)])
     assert values["grad_norm_spread"] == pytest.approx(3)
     assert values["outside"] is None and values["variance_last"] == 1
+    heads = entry | {"kind": "trainable_bezier", "dead": 1.0, "grad_norm": None}
+    assert summary([entry | {"grad_norm": 1.0}, heads])["dead"] == 0  # the same for all arms
     assert summary([entry | {"grad_norm": norm} for norm in (0.0, 10.0)])["grad_norm_spread"] == pytest.approx(12)
 
 

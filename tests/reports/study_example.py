@@ -41,6 +41,7 @@ def full(arms: tuple[str, ...] = ARMS, seeds: int = 3, vaes: tuple[str, ...] = (
                   "learning_rates": {size: 0.002 for size in SIZES}} for arm in arms],
         "sizes": [{"name": size, "cost": cost} for size, cost in SIZES.items()],
         "vaes": list(vaes),
+        "confidence": 0.95,
         "candidate": arms[0],
         "answer": {
             "verdict": "supported",
@@ -88,6 +89,7 @@ def minimal() -> dict[str, Any]:
             "sentences": [],
             "rule": "Interval above 1.",
         },
+        "confidence": 0.95,
         "candidate": "bezier",
         "axis": {"label": "parameters", "unit": ""},
         "arms": [

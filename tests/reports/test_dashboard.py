@@ -57,6 +57,7 @@ def a_study(vaes: list[str]) -> dict[str, Any]:
         "counts": {"planned": 8, "finished": 7, "failed": 1, "pending": 0, "attempts": 9},
         "metric": {"name": "psnr", "label": "PSNR", "unit": "dB", "better": "higher", "split": "test"},
         "answer": {"verdict": "undecided", "headline": "Open.", "sentences": ["One.", "Two."], "rule": "R above 2"},
+        "confidence": 0.95,
         "candidate": "bezier",
         "axis": {"label": "parameters", "unit": ""},
         "arms": [{"name": arm, "is_candidate": arm == "bezier"} for arm in ARMS],

@@ -153,7 +153,7 @@ def test_missing_parts_are_said_with_the_reason() -> None:
     for part, reason in missing(minimal()).items():
         assert str(escape(reason)) in page, part
     assert "a ratio needs at least two sizes, this study has one" in page
-    assert missing(full() | {"ratios": []})["ratios"].startswith("every comparison needs two arms")
+    assert missing(full() | {"ratios": []})["ratios"].startswith("no two arms have finished")
     assert set(missing(full())) == {"factorial"}
 
 

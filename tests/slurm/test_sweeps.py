@@ -71,7 +71,7 @@ def test_array_of_a_studys_workers(jobs: Jobs, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     content = {key: value for key, value in STUDY.items() if key != "name"} | {"overrides": plain, "seeds": [0, 1]}
     content |= {"sizes": {"s": []}, "budget_images": 32, "tolerance": 0.05}
-    decision = {"size_ratio": None, "margin": 0.5, "confidence": 0.95}
+    decision = {"size_ratio": None, "against": ["relu"], "margin": 0.5, "confidence": 0.95}
     plan.write_text(yaml.safe_dump(content | {"decision": decision}, sort_keys=False))
     study = tmp_path / "study"
     root = next(option for option in jobs.options if option.startswith("data.root="))
