@@ -111,6 +111,8 @@ def difference_words(row: Record, plan: Plan) -> str:
     seen = row["detectable"]
     seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
     detectable = "" if seen is None else f", {seeds} see {measured(seen, plan)} or more"
+    if row["verdict"] == "undecided" and row["needed"] is not None:
+        detectable += f" and {row['needed']:.0f} would see the margin"
     return f"{row['arm']} against {against(row)}, {scope}: {WORDS[row['verdict']]}, {signed(row, plan)}{detectable}."
 
 

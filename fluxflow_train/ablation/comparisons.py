@@ -9,6 +9,8 @@ import math
 import numpy as np
 
 from fluxflow_train.ablation import statistics, tuning
+from fluxflow_train.ablation.plan import Decision
+from fluxflow_train.ablation.power import pairs_needed
 from fluxflow_train.ablation.rate_distortion import rate_distortion, rates_agree
 from fluxflow_train.ablation.results import Record, Results, finite
 from fluxflow_train.ablation.size_ratio import SizeRatio, size_ratio
@@ -82,17 +84,22 @@ def compare(results: Results, baseline: str, vae: str | None, scope: str | None,
     row: Record = {"arm": plan.candidate, "baseline": baseline, "size": scope, "vae": vae, "n": len(seeds)}
     row["claimed"] = baseline in plan.decision.against
     row |= {"margin": plan.decision.margin, "p_holm": None, "verdict": "no data"}
-    names = ("difference", "low", "high", "p", "correlation", "detectable", "equivalent", "p_equivalent")
+    names = ("difference", "low", "high", "p", "correlation", "detectable", "needed", "equivalent", "p_equivalent")
     if not seeds:
         return row | dict.fromkeys((*names, "rates_agree"))
     ours, theirs = (results.quality(arm, sizes, vae, seeds).mean(1) for arm in (plan.candidate, baseline))
     paired = statistics.paired_difference(ours, theirs, plan.decision.confidence)
     equal = statistics.equivalence(ours, theirs, plan.decision.margin, 1 - plan.decision.confidence)
     values = (paired.difference, paired.low, paired.high, paired.p_value, paired.correlation)
-    values += (paired.minimum_detectable_effect,)
+    values += (paired.minimum_detectable_effect, seeds_needed(paired.sd, plan.decision))
     row |= dict(zip(names, map(finite, values), strict=False))
     row |= {"equivalent": bool(equal.equivalent), "p_equivalent": finite(equal.p_value)}
     return row | {"rates_agree": agreement(results, baseline, vae, sizes, seeds)}
+
+
+def seeds_needed(sd: float, decision: Decision) -> float | None:
+    """How many seeds would see a difference of the margin, with the spread that these have."""
+    return float(pairs_needed(sd, decision.margin, 1 - decision.confidence)) if sd > 0 else None
 
 
 def agreement(results: Results, baseline: str, vae: str | None, sizes: list[str], seeds: list[int]) -> bool | None:

@@ -214,30 +214,38 @@ def parse(content: dict[str, Any], where: str) -> Plan:
         for name in names:
             if not set(name) <= NAME:
                 raise UserError(f"{where}: {name!r} of {what} must be letters, digits and _: it names folders")
-    wrong: dict[str, bool] = {
-        f"candidate={plan.candidate} is no arm: there are {', '.join(plan.arms)}": plan.candidate not in plan.arms,
-        "a comparison wants two arms or more": len(plan.arms) < 2,
-        "sizes and seeds must not be empty": not plan.sizes or not plan.seeds,
-        f"match={plan.match}: it is one of {', '.join(MATCHINGS)}": plan.match not in MATCHINGS,
-        "metric.better is higher or lower": plan.metric.better not in ("higher", "lower"),
-        "decision.confidence lies between 0.5 and 1": not 0.5 < plan.decision.confidence < 1,
-        "decision.against names arms of the plan other than the candidate": not plan.decision.against
-        or not set(plan.decision.against) <= set(plan.baselines),
-        "decision.margin is positive": plan.decision.margin <= 0,
-        "decision.size_ratio is positive, or null": plan.decision.size_ratio is not None
-        and plan.decision.size_ratio <= 0,
-        "a claim of a size ratio wants two sizes or more, and arms that are matched": plan.decision.size_ratio
-        is not None
-        and (len(plan.sizes) < 2 or plan.match == "none"),
-        "seeds must differ": len(set(plan.seeds)) < len(plan.seeds),
-    }
-    if plan.tuning is not None:
-        unknown = [size for size in plan.tuning.sizes if size not in plan.sizes]
-        wrong[f"tuning.sizes {', '.join(unknown)} are no sizes of the plan"] = bool(unknown)
-        wrong["tuning.values and tuning.sizes must not be empty"] = not plan.tuning.values or not plan.tuning.sizes
-        shared = sorted(set(plan.tuning.seeds) & set(plan.seeds))
-        wrong[f"tuning.seeds {shared} are compared later: a choice wants seeds of its own"] = bool(shared)
-    for message, is_wrong in wrong.items():
+    decision, tuning = plan.decision, plan.tuning
+    refused = [
+        (plan.candidate not in plan.arms, f"candidate={plan.candidate} is no arm: there are {', '.join(plan.arms)}"),
+        (len(plan.arms) < 2, "a comparison wants two arms or more"),
+        (not plan.sizes or not plan.seeds, "sizes and seeds must not be empty"),
+        (len(set(plan.seeds)) < len(plan.seeds), "seeds must differ"),
+        (plan.match not in MATCHINGS, f"match={plan.match}: it is one of {', '.join(MATCHINGS)}"),
+        (plan.metric.better not in ("higher", "lower"), "metric.better is higher or lower"),
+        (not 0.5 < decision.confidence < 1, "decision.confidence lies between 0.5 and 1"),
+        (decision.margin <= 0, "decision.margin is positive"),
+        (
+            not decision.against or not set(decision.against) <= set(plan.baselines),
+            "decision.against names arms of the plan other than the candidate",
+        ),
+    ]
+    if decision.size_ratio is not None:
+        refused += [
+            (decision.size_ratio <= 0, "decision.size_ratio is positive, or null"),
+            (
+                len(plan.sizes) < 2 or plan.match == "none",
+                "a claim of a size ratio wants two sizes or more, and arms that are matched",
+            ),
+        ]
+    if tuning is not None:
+        unknown = [size for size in tuning.sizes if size not in plan.sizes]
+        shared = sorted(set(tuning.seeds) & set(plan.seeds))
+        refused += [
+            (bool(unknown), f"tuning.sizes {', '.join(unknown)} are no sizes of the plan"),
+            (not tuning.values or not tuning.sizes, "tuning.values and tuning.sizes must not be empty"),
+            (bool(shared), f"tuning.seeds {shared} are compared later: a choice wants seeds of its own"),
+        ]
+    for is_wrong, message in refused:
         if is_wrong:
             raise UserError(f"{where}: {message}")
     return plan
