@@ -132,11 +132,11 @@ def ratios(results: Results) -> list[Record]:
         seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
         if not seeds:
             continue
-        quality = [results.quality(arm, sizes, vae, seeds) for arm in (plan.candidate, baseline)]
-        ratio = size_ratio(*quality, costs, plan.decision.confidence)
+        ours, theirs = (results.quality(arm, sizes, vae, seeds) for arm in (plan.candidate, baseline))
+        ratio = size_ratio(ours, theirs, costs, plan.decision.confidence)
         # Refuting one of several baselines is one of several chances to err; supporting against all of them is not.
         chances = len(plan.decision.against) * len(results.vaes)
-        strict = size_ratio(*quality, costs, 1 - (1 - plan.decision.confidence) / chances)
+        strict = size_ratio(ours, theirs, costs, 1 - (1 - plan.decision.confidence) / chances)
         lines = []
         for arm, start in ((plan.candidate, ratio.intercept_a), (baseline, ratio.intercept_b)):
             nets = [results.frozen.networks[arm][size] for size in (sizes[0], sizes[-1])]
@@ -183,12 +183,11 @@ def rate_distortions(results: Results) -> list[Record]:
         seeds = results.seeds([plan.candidate, baseline], sizes, [vae])
         if len(sizes) < 2 or not seeds or agreement(results, baseline, vae, sizes, seeds) is not False:
             continue
-        arrays = [
-            results.quality(arm, sizes, vae, seeds, key)
+        (ours, our_rate), (theirs, their_rate) = (
+            [results.quality(arm, sizes, vae, seeds, key) for key in ("metric", "rate_nats")]
             for arm in (plan.candidate, baseline)
-            for key in ("metric", "rate_nats")
-        ]
-        distance = rate_distortion(*arrays, plan.decision.confidence)
+        )
+        distance = rate_distortion(ours, our_rate, theirs, their_rate, plan.decision.confidence)
         found.append(
             {"arm": plan.candidate, "baseline": baseline, "vae": vae, "n": distance.num_seeds}
             | {key: finite(getattr(distance, key)) for key in ("difference", "low", "high")}

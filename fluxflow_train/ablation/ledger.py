@@ -107,7 +107,7 @@ class Ledger:
             if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'ledger'").fetchone():
                 return []
             rows = connection.execute("SELECT time, event, run, attempt, record FROM ledger ORDER BY id").fetchall()
-        return [Event(*row[:4], json.loads(row[4])) for row in rows]
+        return [event_of(row) for row in rows]
 
     def finished(self) -> set[str]:
         """Names of the runs that have a result."""
@@ -128,7 +128,7 @@ class Ledger:
             row = connection.execute(
                 "SELECT time, event, run, attempt, record FROM ledger WHERE run = ? ORDER BY id DESC LIMIT 1", (run,)
             ).fetchone()
-        return None if row is None else Event(*row[:4], json.loads(row[4]))
+        return None if row is None else event_of(row)
 
     def metrics(self, runs: tuple[str, ...]) -> dict[str, float]:
         """The metric by run, of those among `runs` that have finished."""
@@ -145,3 +145,8 @@ class Ledger:
                 f"SELECT run, record FROM ledger WHERE event = ? AND run IN ({marks})", (event, *runs)
             ).fetchall()
         return {run: json.loads(record) for run, record in rows}
+
+
+def event_of(row: tuple[str, str, str | None, int | None, str]) -> Event:
+    time, event, run, attempt, record = row
+    return Event(time, event, run, attempt, json.loads(record))

@@ -126,8 +126,8 @@ def training_memory(directory: Path) -> tuple[dict[str, Row], str]:
         optimizer.zero_grad()
     if place.type == "cuda":
         value, what = torch.cuda.max_memory_allocated(place) / 2**30, "the allocator's peak"
-    elif before is not None:
-        value, what = resident_gib() - before + held / 2**30, "the peak of resident memory above that of the process"
+    elif before is not None and (after := resident_gib()) is not None:
+        value, what = after - before + held / 2**30, "the peak of resident memory above that of the process"
     else:
         return {"memory_gib": {"value": None, "note": "only Linux tells a process's peak since a moment"}}, hardware
     note = f"training step without losses and average, fp32, AdamW, {SIDE} px, {place.type}: {what}"
