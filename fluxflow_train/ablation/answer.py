@@ -7,11 +7,11 @@ from fluxflow_train.ablation.plan import Plan
 Record = dict[str, Any]
 
 WORDS = {
-    "better": "better",
-    "worse": "worse",
-    "equal": "equal within the margin",
-    "undecided": "not told apart",
-    "no data": "without results",
+    "better": "better than {}",
+    "worse": "worse than {}",
+    "equal": "equal to {} within the margin",
+    "undecided": "not told apart from {}",
+    "no data": "without results beside {}",
 }
 
 
@@ -65,10 +65,10 @@ def of_difference(claimed: list[Record], plan: Plan) -> tuple[str, str]:
     if len(known) == 1:
         return verdict, f"{verdict.capitalize()}: {difference_words(known[0], plan)}"
     each = "; ".join(
-        f"against {against(row)} {WORDS[row['verdict']]} ({row['difference']:+.3g} {plan.metric.unit}".rstrip() + ")"
+        f"{WORDS[row['verdict']].format(against(row))} ({row['difference']:+.3g} {plan.metric.unit}".rstrip() + ")"
         for row in known
     )
-    return verdict, f"{plan.candidate} is {each}."
+    return verdict, f"{verdict.capitalize()}: {plan.candidate} is {each}."
 
 
 def of_claim(ratios: list[Record], claimed: list[Record], plan: Plan) -> tuple[str, str]:
@@ -113,7 +113,7 @@ def difference_words(row: Record, plan: Plan) -> str:
     detectable = "" if seen is None else f", {seeds} see {measured(seen, plan)} or more"
     if row["verdict"] == "undecided" and row["needed"] is not None:
         detectable += f" and {row['needed']:.0f} would see the margin"
-    return f"{row['arm']} against {against(row)}, {scope}: {WORDS[row['verdict']]}, {signed(row, plan)}{detectable}."
+    return f"{row['arm']} is {WORDS[row['verdict']].format(against(row))} {scope}: {signed(row, plan)}{detectable}."
 
 
 def against(row: Record) -> str:

@@ -105,8 +105,8 @@ def test_the_same_arm_under_two_names(tmp_path: Path) -> None:
     offsets = {"bezier": 0.0, "again": 0.0, "halved": -2 * math.log(2)}
     report = report_of(tmp_path, frozen, simulated(frozen, offsets, slope=2.0, sd=0.2))
     assert report["answer"]["verdict"] == "different"
-    assert "against again equal within the margin" in report["answer"]["headline"]
-    assert "against halved better" in report["answer"]["headline"]
+    assert "equal to again within the margin" in report["answer"]["headline"]
+    assert "better than halved" in report["answer"]["headline"]
     same, planted = overall(report, "again"), overall(report, "halved")
     assert same["verdict"] == "equal" and same["low"] < 0 < same["high"]
     assert planted["verdict"] == "better" and planted["low"] > 0
