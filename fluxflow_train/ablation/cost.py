@@ -78,8 +78,8 @@ def activation_bytes(network: nn.Module, inputs: Inputs) -> int:
     return sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in own)
 
 
-def latency(network: nn.Module, inputs: Inputs, device: str, repeats: int = 5) -> float:
-    """Median seconds of one image's forward on `device`, after one forward to warm up; never twice equal.
+def timed_forward(network: nn.Module, inputs: Inputs, device: str) -> Callable[[], float]:
+    """A function that runs one image's forward on `device` and returns its seconds; it has run once to warm up.
 
     `network` may be on the meta device: its copy gets weights of 0.01.
     """
@@ -88,13 +88,21 @@ def latency(network: nn.Module, inputs: Inputs, device: str, repeats: int = 5) -
         torch.nn.init.constant_(tensor, 0.01)  # left as it is, memory may hold denormals, which are slow
     with torch.device(device):
         arguments = inputs(copied)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            synchronised(copied(*arguments))
-            seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[repeats // 2]
+
+    @torch.no_grad()
+    def run() -> float:
+        start = time.perf_counter()
+        synchronised(copied(*arguments))
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def latency(network: nn.Module, inputs: Inputs, device: str, repeats: int = 5) -> float:
+    """Median seconds of one image's forward on `device`; never twice equal."""
+    run = timed_forward(network, inputs, device)
+    return sorted(run() for _ in range(repeats))[repeats // 2]
 
 
 def training_latency(network: nn.Module, inputs: Inputs, batch_size: int, device: str, repeats: int = 2) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fluxflow_train.ablation.cost import Inputs, latency, parameters
+from fluxflow_train.ablation.cost import Inputs, parameters, timed_forward
 from fluxflow_train.ablation.matching import Build, Match, Steps, Widths, rounded
 from fluxflow_train.errors import UserError
 
@@ -45,9 +45,8 @@ def match_latency(
             return build(**candidate)
 
     def quotient(candidate: Widths, rounds: int) -> float:
-        theirs = network(candidate)
-        pairs = [(latency(theirs, inputs, device, 1), latency(reference, inputs, device, 1)) for _ in range(rounds)]
-        return statistics.median(ours / other for ours, other in pairs) / ratio
+        ours, theirs = (timed_forward(net, inputs, device) for net in (network(candidate), reference))
+        return statistics.median(ours() / theirs() for _ in range(rounds)) / ratio
 
     low, high = 1 / 8, 8.0
     seen: dict[str, tuple[float, Widths]] = {}
