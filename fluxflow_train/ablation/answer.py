@@ -79,7 +79,8 @@ def of_claim(ratios: list[Record], claimed: list[Record], plan: Plan) -> tuple[s
     target = f"The claim is {claim:g} or more."
     unequal = sorted({row["baseline"] for row in claimed if row["rates_agree"] is False})
     bounded = [row for row in ratios if row["bounded"] and row["ratio"] is not None]
-    critical = min(bounded, key=lambda row: row["ratio"]) if bounded else ratios[0]
+    known = [row for row in ratios if row["ratio"] is not None]
+    critical = min(known, key=lambda row: row["ratio"]) if known else ratios[0]
     if unequal:
         why = f"its rate differs by more than 5 % from that of {', '.join(unequal)}, and quality alone decides nothing"
         return "undecided", f"Undecided: {why}. {ratio_words(critical)} {target}"
