@@ -82,8 +82,8 @@ def of_claim(ratios: list[Record], claimed: list[Record], plan: Plan) -> tuple[s
     known = [row for row in ratios if row["ratio"] is not None]
     critical = min(known, key=lambda row: row["ratio"]) if known else ratios[0]
     if unequal:
-        why = f"its rate differs by more than 5 % from that of {', '.join(unequal)}, and quality alone decides nothing"
-        return "undecided", f"Undecided: {why}. {ratio_words(critical)} {target}"
+        who = f"the rate of {plan.candidate} differs by more than 5 % from that of {', '.join(unequal)}"
+        return "undecided", f"Undecided: {who}, so quality alone decides nothing."
     if any(row["lost"] for row in ratios):
         return "undecided", f"Undecided: runs of these arms failed. {ratio_words(critical)} {target}"
     refuting = [row for row in bounded if row["high_simultaneous"] is not None and row["high_simultaneous"] < claim]

@@ -12,6 +12,7 @@ from fluxflow_train.reports.study_charts import WIDTH, colour, mark, reach, whis
 
 LEFT, RIGHT = 12, 328
 ROW, TOP = 36, 8
+APART = 60  # units that the two labels above the ratios need between their middles
 LETTERS = 44  # that fit into a row, its label and its value together
 CLAIM = (2.0, 2.5)  # the size ratio that the authors of the family claim
 WIDEST = 16.0  # the largest ratio that an axis shows; beyond it, intervals are arrows
@@ -52,15 +53,16 @@ def ratios(rows: Sequence[Row], x_label: str) -> Markup:
     inside = [v for row in rows for v in (row.estimate, row.low, row.high) if v and 1 / WIDEST <= v <= WIDEST]
     axis = Axis(min([0.8, *inside]) / 1.2, max([*CLAIM, *inside]) * 1.2, LEFT, RIGHT, log=True)
     top, bottom = TOP + 14, TOP + 14 + ROW * len(rows) + 4
-    a, b = axis(CLAIM[0]), axis(CLAIM[1])
+    a, b, one = axis(CLAIM[0]), axis(CLAIM[1]), axis(1)
+    near = (a + b) / 2 - one < APART  # then one label gives way
     back = (
         f'<path class="claim" d="M{a} {top}H{b}V{bottom}H{a}Z"/>'
         f'<path class="edge" d="M{a} {top}V{bottom}M{b} {top}V{bottom}"/>'
-        f'<text class="label" x="{(a + b) / 2:g}" y="{top - 5}" text-anchor="middle">published claim 2 to 2.5</text>'
-        f'<path class="zero" d="M{axis(1)} {top}V{bottom}"/>'
-        f'<text class="label" x="{axis(1)}" y="{top - 5}" text-anchor="middle">same size</text>'
+        f'<text class="label" x="{(a + b) / 2:g}" y="{top - 5}" text-anchor="middle">claim</text>'
+        f'<path class="zero" d="M{one} {top}V{bottom}"/>'
+        f'<text class="label" x="{one}" y="{top - 5}" text-anchor="{"end" if near else "middle"}">same size</text>'
     )
-    ticks = [m * 2.0**k for k in range(-5, 6) for m in (1, 1.5) if axis.low <= m * 2.0**k <= axis.high]
+    ticks = [m * 2.0**k for k in range(-5, 6) for m in (1, 1.5) if axis.low * 1.1 <= m * 2.0**k <= axis.high]
     ticks = ticks if len(ticks) <= charts.TICKS else [tick for tick in ticks if math.log2(tick).is_integer()]
     return forest(rows, axis, bottom, back, x_label, ticks, top)
 

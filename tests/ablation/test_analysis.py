@@ -152,7 +152,7 @@ def test_the_better_rate_is_said(tmp_path: Path) -> None:
     (row,) = report["rate_distortion"]
     assert row["n"] == 5 and row["difference"] < overall(report)["difference"]  # its quality costs rate
     assert any("Rates differ" in warning for warning in report["warnings"])
-    assert report["answer"]["verdict"] == "undecided" and "its rate differs" in report["answer"]["headline"]
+    assert report["answer"]["verdict"] == "undecided" and "the rate of bezier differs" in report["answer"]["headline"]
 
 
 def test_what_is_missing_is_said_and_everything_else_stands(tmp_path: Path) -> None:
