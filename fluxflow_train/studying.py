@@ -86,7 +86,7 @@ def study(cfg: DictConfig) -> None:
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
     if counts["failed"]:
         console.print(f"attempts={cfg.attempts + 1} tries failed runs again", highlight=False)
-    if not counts["pending"]:
+    if workers[0].is_over():
         measure_targets(frozen, folder)
 
 

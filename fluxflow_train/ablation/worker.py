@@ -95,6 +95,12 @@ class Worker:
                 preemption.check()
                 time.sleep(POLL)
 
+    def is_over(self) -> bool:
+        """Whether no run is left that anybody could make."""
+        finished, failures = self.ledger.finished(), self.ledger.failures()
+        over = ("done", "exhausted", "hopeless")
+        return all(self.state(run, finished, failures) in over for run in self.frozen.runs)
+
     def state(self, run: Run, finished: set[str], failures: dict[str, int]) -> str:
         """done, exhausted, ready, blocked (needs runs that may yet come) or hopeless (needs runs that failed)."""
 

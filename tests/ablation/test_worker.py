@@ -155,6 +155,7 @@ def test_flows_wait_for_their_vae_and_are_given_up_without_it(worker: Callable[.
     bad.work()
     finished = Ledger(tmp_path / FILE_NAME).finished()
     missing = {run.name for run in frozen.runs} - finished
+    assert bad.is_over()
     assert missing == {"vae/relu-seed0"} | {f"main/{a}-{s}-on_relu-seed0" for a in ("bezier", "relu") for s in "sm"}
 
 
