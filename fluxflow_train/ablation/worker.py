@@ -85,7 +85,8 @@ class Worker:
             if any(self.claim(run) for run, state in states if state == "ready"):
                 idle = 0
                 continue  # what it made may have made earlier runs ready
-            if not any(state == "blocked" for _, state in states):
+            blocked = any(state == "blocked" for _, state in states)
+            if not blocked and not any(self.is_orphan(run) for run, state in states if state == "ready"):
                 return  # what is ready, others make
             # Another worker between two runs holds none for a moment.
             idle = 0 if self.others_work(finished) else idle + 1
@@ -148,6 +149,20 @@ class Worker:
                         return True
         return False
 
+    def is_orphan(self, run: Run) -> bool:
+        """Whether a run goes on although the worker that began it was killed: nobody else would write down its end."""
+        path = self.lock(run)
+        host, _, process = path.read_text().partition(" ") if path.exists() else ("", "", "")
+        if host != platform.node():
+            return False
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
     def lock(self, run: Run) -> Path:
         return self.folder / "locks" / f"{run.name.replace('/', '-')}.lock"
 
@@ -167,6 +182,9 @@ class Worker:
                 raise UserError(
                     f"{path} can't be locked ({error.strerror}): give a dir=DIR whose disk knows flock"
                 ) from error
+            file.truncate(0)
+            file.write(f"{platform.node()} {os.getpid()}")
+            file.flush()
             # Another may have made it, or failed at it, in between.
             if self.state(run, self.ledger.finished(), self.ledger.failures()) == "ready":
                 self.make(run, file.fileno())
