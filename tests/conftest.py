@@ -48,13 +48,6 @@ SMALL = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes (`pytest -n auto --dist loadgroup`): a file stays in one, and so does the one SLURM cluster."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def small() -> tuple[str, ...]:
     """Overrides that make a run of seconds."""
