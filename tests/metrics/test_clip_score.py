@@ -20,9 +20,9 @@ CAPTIONS = ["a red cat", "the blue dog on the hill", "house", "a house on the hi
 
 def fill(model: CLIPModel) -> None:
     """Weights large enough for captions and pictures to differ, from a generator of its own."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith("class_embedding"):
             parameter.data.normal_(std=0.3, generator=generator)
 
 
