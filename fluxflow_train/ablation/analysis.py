@@ -9,7 +9,7 @@ from fluxflow_train.ablation.frozen import read
 from fluxflow_train.ablation.history import failures, run_row, trials_row
 from fluxflow_train.ablation.ledger import Ledger
 from fluxflow_train.ablation.overview import curves, health, pictures, provenance, targets, warnings
-from fluxflow_train.ablation.results import gathered
+from fluxflow_train.ablation.results import Results, gathered
 from fluxflow_train.errors import UserError
 
 SCHEMA = "study_report/v1"
@@ -44,24 +44,11 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
         if all(row["status"] == "finished" for row in runs if row["phase"] != "tune")
         else "partial",
         "counts": {"planned": len(runs), **counts, "attempts": sum(event.event == "begun" for event in events)},
-        "metric": {"name": plan.metric.name, "label": plan.metric.label, "unit": plan.metric.unit}
-        | {"better": plan.metric.better, "split": plan.metric.split},
+        "metric": plan.content["metric"],
         "confidence": plan.decision.confidence,
         "candidate": plan.candidate,
         "axis": {"label": frozen.origin["axis"], "unit": ""},
-        "arms": [
-            {
-                "name": arm,
-                "is_candidate": arm == plan.candidate,
-                "overrides": list(plan.arms[arm]),
-                "learning_rates": {
-                    size: value
-                    for size in results.sizes
-                    if (value := tuning.chosen(chosen, arm, frozen.tuned_size(size))) is not None
-                },
-            }
-            for arm in plan.arms
-        ],
+        "arms": [arm_row(results, arm, chosen) for arm in plan.arms],
         "sizes": [{"name": size, "cost": frozen.cost(size)} for size in results.sizes],
         "vaes": [vae for vae in results.vaes if vae is not None],
         "cells": cells(results, chosen),
@@ -81,3 +68,15 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     report["answer"] = answer(report, plan)
     report["warnings"] = warnings(report, finished, plan)
     return report
+
+
+def arm_row(results: Results, arm: str, chosen: list[tuning.Curve]) -> dict[str, Any]:
+    """What makes an arm, and the tuned value it has at each size."""
+    plan, frozen = results.frozen.plan, results.frozen
+    rates = {size: tuning.chosen(chosen, arm, frozen.tuned_size(size)) for size in results.sizes}
+    return {
+        "name": arm,
+        "is_candidate": arm == plan.candidate,
+        "overrides": list(plan.arms[arm]),
+        "learning_rates": {size: value for size, value in rates.items() if value is not None},
+    }

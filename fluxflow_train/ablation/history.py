@@ -26,12 +26,7 @@ def run_row(frozen: Frozen, run: Run, events: list[Event], record: Record | None
     network = frozen.networks[run.arm][run.size] if run.arm and run.size else frozen.vaes[run.vae or ""]
     return {
         "name": run.name,
-        "phase": run.phase,
-        "arm": run.arm,
-        "size": run.size,
-        "seed": run.seed,
-        "vae": run.vae,
-        "value": run.value,
+        **run.place,
         "status": "finished" if record is not None else "failed" if failed else "pending",
         "attempts": sum(event.event == "begun" for event in own),
         "directory": f"runs/{run.name}",

@@ -146,7 +146,9 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
     turned = [row["baseline"] for row in report["ratios"] if excludes_zero(row["slope_difference"])]
     if turned:
         found.append(f"The slopes of the two arms differ against {', '.join(turned)}: the ratio depends on the size")
-    lost = sorted({(run["arm"], run["seed"]) for run in report["runs"] if run["phase"] == "main" and is_lost(run)})
+    lost = sorted(
+        {(run["arm"], run["seed"]) for run in report["runs"] if (run["phase"], run["status"]) == ("main", "failed")}
+    )
     if lost:
         words = ", ".join(f"{arm} (seed {seed})" for arm, seed in lost)
         found.append(f"Runs of {words} failed: their seeds are left out of the comparisons, which favours these arms")
@@ -161,10 +163,6 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
     if abs(largest) > plan.tolerance:
         found.append(f"An arm is {largest:+.1%} from what it was matched to")
     return found
-
-
-def is_lost(run: Record) -> bool:
-    return run["status"] == "failed"
 
 
 def configurations(report: Record, finished: dict[str, Record]) -> dict[str, set[str]]:

@@ -149,6 +149,11 @@ class Run:
     value: float | None
     needs: tuple[str, ...]
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands in the plan, for rows and records."""
+        return {key: getattr(self, key) for key in ("phase", "arm", "size", "seed", "vae", "value")}
+
 
 def expand(plan: Plan) -> list[Run]:
     """All runs: VAEs, trials, then what is compared, seed by seed, so that a study cut short is balanced."""

@@ -197,12 +197,7 @@ class Worker:
         attempt = 1 if last is None else (last.attempt or 0) + 1
         value = self.value(run)
         about = {
-            "phase": run.phase,
-            "arm": run.arm,
-            "size": run.size,
-            "seed": run.seed,
-            "vae": run.vae,
-            "value": run.value,
+            **run.place,
             "learning_rate": run.value if run.phase == "tune" else value,
             "directory": f"{RUNS}/{run.name}",
             "host": platform.node(),

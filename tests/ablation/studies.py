@@ -68,12 +68,7 @@ def frozen_of(plan: Plan, growth: float = 2.0) -> Frozen:
 def record_of(run: Run, metric: float, rate: float | None = 500.0) -> dict[str, Any]:
     """What the ledger keeps of a finished run."""
     return {
-        "phase": run.phase,
-        "arm": run.arm,
-        "size": run.size,
-        "seed": run.seed,
-        "vae": run.vae,
-        "value": run.value,
+        **run.place,
         "learning_rate": run.value,
         "directory": f"runs/{run.name}",
         "host": "here",
