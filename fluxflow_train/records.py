@@ -97,6 +97,10 @@ class WandbRecords(WandbLogger):
             )
         except ModuleNotFoundError as error:
             raise UserError('logger=wandb needs wandb: pip install "fluxflow-train[wandb]"') from error
+        import wandb
+
+        if wandb.run is not None and wandb.run.id != id:  # Lightning would write into it
+            wandb.finish()
         self._axis_defined = False
 
     @rank_zero_only

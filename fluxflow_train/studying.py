@@ -38,6 +38,7 @@ FREE = (
 )
 AROUND = 25.0  # seconds of a run that are not training: imports, validation, report
 STEP = 1.3  # a whole step beside its forward and backward
+DRAWN = 8000  # images of training that cost as much as the pictures of a flow's report: 400, 30 steps, with guidance
 BYTES = 20  # of a parameter in training: itself, its gradient, AdamW's two moments, the average
 
 
@@ -183,7 +184,8 @@ def names(frozen: Frozen, extra: list[str]) -> Callable[[Run], list[str]]:
 
     def of(run: Run) -> list[str]:
         network = frozen.networks[run.arm][run.size] if run.arm and run.size else frozen.vaes[run.vae or ""]
-        return wandb_overrides(frozen.plan.name, run, parameters=network["parameters"], flops=network["flops"])
+        costs = {key: network[key] for key in ("parameters", "flops")}
+        return wandb_overrides(frozen.plan.name, frozen.group, run, **costs)
 
     return of
 
@@ -230,8 +232,11 @@ def duration(frozen: Frozen) -> str:
         else:
             assert run.arm is not None and run.size is not None
             images, network = plan.budget_images, frozen.networks[run.arm][run.size]
+            scales = 0
             if run.phase == "tune" and plan.tuning is not None:
-                images = plan.tuning.budget_images
+                images, scales = plan.tuning.budget_images, len(plan.tuning.guidance or ())
+            if plan.vaes is not None:
+                images += DRAWN * (1 + scales)
         total += AROUND + STEP * images * network["seconds_per_image"]
     hours, minutes = divmod(round(total / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"

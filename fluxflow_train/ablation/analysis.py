@@ -7,7 +7,7 @@ from fluxflow_train.ablation.answer import answer
 from fluxflow_train.ablation.comparisons import cells, comparisons, factorial, rate_distortions, ratios
 from fluxflow_train.ablation.frozen import read
 from fluxflow_train.ablation.history import failures, run_row, trials_row
-from fluxflow_train.ablation.ledger import Ledger
+from fluxflow_train.ablation.ledger import Event, Ledger
 from fluxflow_train.ablation.overview import curves, health, pictures, provenance, targets, warnings
 from fluxflow_train.ablation.results import Results, gathered
 from fluxflow_train.errors import UserError
@@ -28,10 +28,9 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     finished = {event.run: event.record for event in events if event.event == "finished" and event.run}
     plan = frozen.plan
     results = gathered(frozen, finished)
-    trials = {name: record["metric"] for name, record in finished.items() if record["phase"] == "tune"}
+    trials = {name: tuning.outcomes(plan, r) for name, r in finished.items() if r["phase"] == "tune"}
     measured = {event.run: event.record for event in events if event.event == "measured" and event.run}
-    fixed = {event.run: event.record["value"] for event in events if event.event == "chosen" and event.run}
-    chosen = tuning.choose(plan, trials, fixed)
+    chosen = tuning.choose(plan, trials, fixed_choices(events))
     runs = [run_row(frozen, run, events, finished.get(run.name)) for run in frozen.runs]
     counts = {state: sum(row["status"] == state for row in runs) for state in ("finished", "failed", "pending")}
     compared = comparisons(results)
@@ -70,13 +69,22 @@ def analyse(ledger: Ledger, command: str) -> dict[str, Any]:
     return report
 
 
+def fixed_choices(events: list[Event]) -> dict[str, tuning.Choice]:
+    return {
+        event.run: tuning.Choice(event.record["value"], event.record["guidance"])
+        for event in events
+        if event.event == "chosen" and event.run
+    }
+
+
 def arm_row(results: Results, arm: str, chosen: list[tuning.Curve]) -> dict[str, Any]:
-    """What makes an arm, and the tuned value it has at each size."""
+    """What makes an arm, and what it was tuned to at each size."""
     plan, frozen = results.frozen.plan, results.frozen
-    rates = {size: tuning.chosen(chosen, arm, frozen.tuned_size(size)) for size in results.sizes}
+    choices = {size: tuning.chosen(chosen, arm, frozen.tuned_size(size)) for size in results.sizes}
+    known = {size: choice for size, choice in choices.items() if choice is not None}
     return {
         "name": arm,
         "is_candidate": arm == plan.candidate,
         "overrides": list(plan.arms[arm]),
-        "learning_rates": {size: value for size, value in rates.items() if value is not None},
+        "learning_rates": {size: choice.value for size, choice in known.items()},
     }

@@ -25,10 +25,11 @@ OWN = (
 
 
 def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
-    """Numbers, curves, health and pictures of a run, as plain JSON.
+    """Numbers, curves, health and pictures of a run, as plain JSON; `swept` has the metric by guidance scale.
 
     Raises:
-        UserError: the run's report is missing, or lacks the metric; or the run ended before its budget.
+        UserError: the run's report is missing, or lacks the metric, at some guidance or at all; or the run ended before
+            its budget.
     """
     try:
         report = json.loads((directory / "report.json").read_text())
@@ -39,11 +40,15 @@ def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
     if results.get(metric) is None:
         known = ", ".join(name for name, value in results.items() if value is not None)
         raise UserError(f"the report of {directory} has no result {metric}: there are {known}")
+    swept = [(part["guidance"], metric_of(part["results"], metric)) for part in report.get("sweep", [])]
+    if any(value is None for _, value in swept):
+        raise UserError(f"the report of {directory} has no result {metric} by guidance scale: tune it by kid")
     made = description["provenance"]
     if made["images_seen"] < budget_images:
         raise UserError(f"{directory} ended at {made['images_seen']:,} of {budget_images:,} images")
     return {
         "metric": results[metric],
+        "swept": swept,
         "results": results,
         "report_status": report["status"],
         "status_reasons": report["status_reasons"],
@@ -62,6 +67,10 @@ def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
         "health": json.loads((directory / HEALTH).read_text()) if (directory / HEALTH).exists() else None,
         "pictures": pictures(report["figures"]),
     }
+
+
+def metric_of(results: list[dict[str, Any]], metric: str) -> float | None:
+    return next((entry["raw"] for entry in results if entry["name"] == metric), None)
 
 
 def compared(path: Path) -> str:

@@ -21,6 +21,7 @@ def cells(results: Results, chosen: list[tuning.Curve]) -> list[Record]:
     frozen, found = results.frozen, []
     for size, vae, arm in itertools.product(results.sizes, results.vaes, frozen.plan.arms):
         seeds = results.seeds([arm], [size], [vae])
+        choice = tuning.chosen(chosen, arm, frozen.tuned_size(size))
         network, records = frozen.networks[arm][size], [results.records[arm, size, vae, seed] for seed in seeds]
         values = [record["metric"] for record in records]
         interval = statistics.mean_interval(values, frozen.plan.decision.confidence) if values else None
@@ -39,7 +40,8 @@ def cells(results: Results, chosen: list[tuning.Curve]) -> list[Record]:
                 "activation_bytes": network["activation_bytes"],
                 "residual": network["residual"],
                 "cost": network["cost"],
-                "learning_rate": tuning.chosen(chosen, arm, frozen.tuned_size(size)),
+                "learning_rate": choice and choice.value,
+                "guidance": choice and choice.guidance,
                 **{key: mean_of(records, key) for key in ("seconds", "memory_mib", "rate_nats")},
                 "images_per_second": mean_of(records, "images_seen", per="seconds"),
                 "runs": [results.names[arm, size, vae, seed] for seed in seeds],

@@ -7,6 +7,7 @@ from typing import Any
 
 from fluxflow_train.ablation.ledger import Ledger
 from fluxflow_train.ablation.plan import Plan, Run, expand, parse
+from fluxflow_train.ablation.tuning import Choice
 from fluxflow_train.cli import quoted
 from fluxflow_train.errors import UserError
 
@@ -31,6 +32,11 @@ class Frozen:
     def runs(self) -> list[Run]:
         return expand(self.plan)
 
+    @property
+    def group(self) -> str:
+        """What the study's runs have in common in W&B, and no other study of the same plan has."""
+        return f"{self.plan.name}-{self.origin['id']}"
+
     def cost(self, size: str) -> float:
         """Of the Bezier arm at that size, which all arms are held to."""
         return float(self.networks[self.plan.candidate][size]["reference_cost"])
@@ -48,8 +54,8 @@ class Frozen:
             return self.plan.tuning.budget_images
         return self.plan.budget_images
 
-    def overrides(self, run: Run, chosen: float | None, folder: Path) -> list[str]:
-        """What stands behind `python -m fluxflow_train` for that run; `chosen`: the tuned value, None where none is."""
+    def overrides(self, run: Run, chosen: Choice | None, folder: Path) -> list[str]:
+        """What stands behind `python -m fluxflow_train` for that run; `chosen`: by tuning, None where nothing is."""
         plan, tuning = self.plan, self.plan.tuning
         directory = folder / RUNS / run.name
         if run.phase == "vae":
@@ -62,19 +68,28 @@ class Frozen:
             own = [f"+experiment={plan.experiment}", *plan.overrides, *plan.sizes[run.size], *plan.arms[run.arm]]
             own += self.networks[run.arm][run.size]["overrides"]
             split = "tune" if run.phase == "tune" else plan.metric.split
-            value = run.value if run.phase == "tune" else chosen
-            if value is not None and tuning is not None:
-                own.append(f"{tuning.key}={int(value) if value.is_integer() else value!r}")
+            if run.phase == "tune" and run.value is not None and tuning is not None:
+                own.append(f"{tuning.key}={as_text(run.value)}")
+                if tuning.guidance is not None:
+                    own.append(f"evaluate.report.guidance_scales=[{','.join(map(as_text, tuning.guidance))}]")
+            elif chosen is not None and tuning is not None:
+                own.append(f"{tuning.key}={as_text(chosen.value)}")
+                if chosen.guidance is not None:
+                    own.append(f"task.sampler.guidance={as_text(chosen.guidance)}")
             if run.vae is not None:
                 own.append(f"vae={quoted(str(folder / RUNS / 'vae' / f'{run.vae}-seed{run.seed}'))}")
         own.append(f"trainer.precision={self.origin['precision']}")  # on machines of any kind
-        own.append(f"run_id={plan.name}-{self.origin['id']}-{run.name.replace('/', '-')}")  # W&B's too
+        own.append(f"run_id={self.group}-{run.name.replace('/', '-')}")  # W&B's too
         own += ["match=none", f"seed={run.seed}", f"budget.images={self.budget_images(run)}", f"evaluate.split={split}"]
         return [*own, f"run={quoted(str(directory))}"]
 
     def record(self) -> dict[str, Any]:
         """What the ledger keeps of it."""
         return {"plan": self.plan.content, "networks": self.networks, "vaes": self.vaes, "origin": self.origin}
+
+
+def as_text(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def read(ledger: Ledger) -> Frozen | None:

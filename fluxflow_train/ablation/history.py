@@ -8,15 +8,23 @@ from fluxflow_train.ablation.ledger import ENDS, Event
 from fluxflow_train.ablation.plan import Run
 
 Record = dict[str, Any]
-KEPT = ("metric", "report_status", "learning_rate", "seconds", "memory_mib", "images_seen")
+KEPT = ("metric", "report_status", "learning_rate", "guidance", "seconds", "memory_mib", "images_seen")
 KEPT += ("weights_sha256", "config_sha256", "host")
 
 
 def trials_row(frozen: Frozen, curve: tuning.Curve) -> Record:
     assert frozen.plan.tuning is not None
-    points = [{"value": p.value, "mean": p.mean, "values": p.results, "runs": p.runs} for p in curve.points]
-    row = {"arm": curve.arm, "size": curve.size, "key": frozen.plan.tuning.key, "points": points}
-    return row | {"chosen": curve.chosen, "at_edge": curve.at_edge}
+    return {
+        "arm": curve.arm,
+        "size": curve.size,
+        "key": frozen.plan.tuning.key,
+        "points": [
+            {**point.choice._asdict(), "mean": point.mean, "values": point.results, "runs": point.runs}
+            for point in curve.points
+        ],
+        "chosen": None if curve.chosen is None else curve.chosen._asdict(),
+        "edges": curve.edges,
+    }
 
 
 def run_row(frozen: Frozen, run: Run, events: list[Event], record: Record | None) -> Record:

@@ -130,13 +130,6 @@ class Ledger:
             ).fetchone()
         return None if row is None else event_of(row)
 
-    def metrics(self, runs: tuple[str, ...]) -> dict[str, float]:
-        """The metric by run, of those among `runs` that have finished."""
-        marks = ",".join("?" * len(runs))
-        query = "SELECT run, json_extract(record, '$.metric') FROM ledger WHERE event = 'finished'"
-        with self._connected() as connection:
-            return dict(connection.execute(f"{query} AND run IN ({marks})", runs).fetchall())
-
     def records(self, event: str, runs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         """Records of that event, by run, of those among `runs` that have one."""
         marks = ",".join("?" * len(runs))

@@ -113,6 +113,7 @@ def provenance(frozen: Frozen, finished: dict[str, Record], ledger: str, command
         "plan_hash": frozen.plan.hash,
         "plan": frozen.plan.content,
         "frozen": frozen.origin["time"],
+        "group": frozen.group,
         "git": {"frozen": frozen.origin["git"], "runs": sorted({record["git"] for record in trained})},
         "versions": {key: ", ".join(sorted(values)) for key, values in versions.items()},
         "hosts": sorted({record["host"] for record in trained}),
@@ -129,7 +130,7 @@ def warnings(report: Record, finished: dict[str, Record], plan: Plan) -> list[st
     unsure = [name for name, record in finished.items() if record["report_status"] != "final"]
     if unsure:
         found.append(f"{len(unsure)} runs have reports that are not final, the first of them {unsure[0]}")
-    edges = [f"{row['arm']} ({row['chosen']:g})" for row in report["tuning"] if row["at_edge"]]
+    edges = [f"{row['arm']} ({value:g})" for row in report["tuning"] for value in row["edges"]]
     if edges:
         found.append(f"Tuned values at an end of the grid, where a better one may lie beyond: {', '.join(edges)}")
     apart = sorted({row["baseline"] for row in report["comparisons"] if row["rates_agree"] is False})

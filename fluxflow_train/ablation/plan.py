@@ -62,12 +62,15 @@ class Tuning:
     """A grid for one key, the same trials for every arm, measured on the split `tune`; the best mean is taken.
 
     Args:
-        sizes: that are tuned; each other size takes the value of the tuned one nearest in cost.
+        guidance: scales at which every trial of a flow is measured, each with each value: the best pair is taken.
+            None leaves the experiment's, as where nothing is drawn.
+        sizes: that are tuned; each other size takes the choice of the tuned one nearest in cost.
         seeds: of the trials.
     """
 
     key: str
     values: tuple[float, ...]
+    guidance: tuple[float, ...] | None
     sizes: tuple[str, ...]
     seeds: tuple[int, ...]
     budget_images: int
@@ -248,6 +251,10 @@ def parse(content: dict[str, Any], where: str) -> Plan:
         refused += [
             (bool(unknown), f"tuning.sizes {', '.join(unknown)} are no sizes of the plan"),
             (not tuning.values or not tuning.sizes, "tuning.values and tuning.sizes must not be empty"),
+            (
+                tuning.guidance is not None and (plan.vaes is None or not tuning.guidance),
+                "tuning.guidance holds scales, in a study of flows; else it is null",
+            ),
             (bool(shared), f"tuning.seeds {shared} are compared later: a choice wants seeds of its own"),
         ]
     for is_wrong, message in refused:

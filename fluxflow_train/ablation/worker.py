@@ -21,7 +21,7 @@ from fluxflow_train.ablation.collecting import collect
 from fluxflow_train.ablation.frozen import RUNS, Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.plan import Run
-from fluxflow_train.ablation.tuning import choose, chosen, key_of
+from fluxflow_train.ablation.tuning import Choice, choose, chosen, key_of, outcomes
 from fluxflow_train.data.lock import taken
 from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
 
@@ -118,27 +118,30 @@ class Worker:
                 return "hopeless"
             if name not in finished and not exhausted(name):
                 return "blocked"
-        if run.phase == "main" and self.frozen.plan.tuning is not None and self.value(run) is None:
+        if run.phase == "main" and self.frozen.plan.tuning is not None and self.choice(run) is None:
             return "hopeless"
         return "ready"
 
-    def value(self, run: Run) -> float | None:
-        """The tuned value of a run that is compared, its trials over: chosen once, for all workers and seeds."""
+    def choice(self, run: Run) -> Choice | None:
+        """What was tuned for a run that is compared, its trials over: chosen once, for all workers and seeds."""
         size = None if run.size is None else self.frozen.tuned_size(run.size)
         if run.phase != "main" or run.arm is None or size is None:
             return None
         key = key_of(run.arm, size)
-        if (choice := self.ledger.records("chosen", (key,)).get(key)) is not None:
-            return choice["value"]
+        if (record := self.ledger.records("chosen", (key,)).get(key)) is not None:
+            return Choice(record["value"], record["guidance"])
         trials = tuple(trial.name for trial in self.frozen.runs if (trial.phase, trial.arm) == ("tune", run.arm))
-        value = chosen(choose(self.frozen.plan, self.ledger.metrics(trials), {}), run.arm, size)
-        if value is None:
+        plan, finished = self.frozen.plan, self.ledger.records("finished", trials)
+        found = choose(plan, {name: outcomes(plan, record) for name, record in finished.items()}, {})
+        choice = chosen(found, run.arm, size)
+        if choice is None:
             return None
         try:
-            self.ledger.add("chosen", key, None, {"arm": run.arm, "size": size, "value": value})
+            self.ledger.add("chosen", key, None, {"arm": run.arm, "size": size, **choice._asdict()})
         except sqlite3.IntegrityError:  # another worker was first
-            return self.ledger.records("chosen", (key,))[key]["value"]
-        return value
+            record = self.ledger.records("chosen", (key,))[key]
+            return Choice(record["value"], record["guidance"])
+        return choice
 
     def others_work(self, finished: set[str]) -> bool:
         """Whether another worker holds a run that is not done: something is worth waiting for."""
@@ -195,14 +198,15 @@ class Worker:
         if last is not None and last.event == "begun":  # its lock was free
             self.ledger.add("killed", run.name, last.attempt, {"error": "the worker was killed, or its machine went"})
         attempt = 1 if last is None else (last.attempt or 0) + 1
-        value = self.value(run)
+        choice = self.choice(run)
         about = {
             **run.place,
-            "learning_rate": run.value if run.phase == "tune" else value,
+            "learning_rate": choice.value if choice is not None else run.value,
+            "guidance": None if choice is None else choice.guidance,
             "directory": f"{RUNS}/{run.name}",
             "host": platform.node(),
         }
-        overrides = [*self.frozen.overrides(run, value, self.folder), *self.extra, *self.names(run)]
+        overrides = [*self.frozen.overrides(run, choice, self.folder), *self.extra, *self.names(run)]
         self.ledger.add("begun", run.name, attempt, {**about, "overrides": overrides})
         started = time.monotonic()
         directory = self.folder / RUNS / run.name

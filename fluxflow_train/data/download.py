@@ -180,6 +180,10 @@ def _open_fsspec(url: str, have: int) -> _Answer:
         raise _Final(str(error)) from error
     except (FileNotFoundError, PermissionError) as error:
         raise _Final(f"{type(error).__name__} {error}") from error
+    except OSError:  # the network's: worth another try
+        raise
+    except Exception as error:  # of the package that knows the scheme: no credentials, no such bucket
+        raise _Final(f"{type(error).__name__} {error}") from error
     body.seek(have)
     return _Answer(body, have, total, "")
 

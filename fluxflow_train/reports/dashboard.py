@@ -158,12 +158,12 @@ def groups(study: dict[str, Any], by: Sequence[str]) -> list[tuple[str, ...]]:
 
 def found_by(study: dict[str, Any], *tags: str) -> And:
     """The runs that the study compares; of these, those with all `tags`."""
-    group, phase = ws.Metric("Group") == study["study"], ws.Metric("JobType") == "main"
+    group, phase = ws.Metric("Group") == study["provenance"]["group"], ws.Metric("JobType") == "main"
     return And(group, phase, *(ws.Tags().isin([tag]) for tag in tags))
 
 
 def stable_id(study: dict[str, Any], *parts: Any) -> str:
-    return hashlib.sha256("\n".join([study["study"], *map(str, parts)]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([study["provenance"]["group"], *map(str, parts)]).encode()).hexdigest()[:12]
 
 
 def name_panels(study: dict[str, Any], where: str, panels: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 N captions, P prompts, K noises or guidance scales, H W pixels, D latent channels, h w latent grid.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,8 @@ PIECE = 16  # images at once through the VAE
 class Drawn:
     """Everything drawn: uint8 (N, 3, H, W) `images` by caption; `by_scale` and `by_noise` (P, K, 3, H, W).
 
+    `swept` has images like `images` by guidance scale.
+
     `again` (3, H, W) is the first picture, asked for once more and alone. `seconds` were spent on `images` alone;
     `num_nonfinite` counts the outputs of the flow and of the decoder, image by image, that held NaN or Inf.
     """
@@ -40,6 +42,7 @@ class Drawn:
     scales: list[float]
     by_scale: Tensor
     by_noise: Tensor
+    swept: dict[float, Tensor]
     seconds: float
     num_nonfinite: int
 
@@ -121,19 +124,28 @@ def chosen_prompts(captions: list[str], seed: int) -> list[str]:
     return [different[i] for i in order[:SCALE_PROMPTS]]
 
 
-def draw_all(artist: Artist, captions: list[str], guided: bool) -> Drawn:
-    """All that the report shows; `guided`: whether the model can be asked for other scales than 1."""
+def draw_all(artist: Artist, captions: list[str], guided: bool, sweep: Sequence[float] = ()) -> Drawn:
+    """All that the report shows.
+
+    Args:
+        guided: whether the model can be asked for other scales than 1.
+        sweep: guidance scales at which all captions are drawn, beside the settings' own.
+    """
+    own = artist.settings.guidance.scale
     prompts = chosen_prompts(captions, artist.settings.seed)
     scales = list(SCALES) if guided else [1.0]
     varied = prompts[:NOISE_PROMPTS]
-    total = len(captions) + 1 + len(prompts) * len(scales) + len(varied) * NUM_NOISES
+    others = [scale for scale in sweep if scale != own]
+    total = len(captions) * (1 + len(others)) + 1 + len(prompts) * len(scales) + len(varied) * NUM_NOISES
+    requests = [Request(caption, "", i) for i, caption in enumerate(captions)]
     with artist.watched(), progress("draw images", total) as advance:
         start = seconds(artist.device)
-        images = artist.draw([Request(caption, "", i) for i, caption in enumerate(captions)], advance)
+        images = artist.draw(requests, advance)
         elapsed = seconds(artist.device) - start
         again = artist.draw([Request(captions[0], "", 0)], advance)[0]
         by_scale = [artist.draw([Request(prompt, "", 0) for prompt in prompts], advance, scale) for scale in scales]
         by_noise = artist.draw([Request(prompt, "", i) for prompt in varied for i in range(NUM_NOISES)], advance)
+        drawn = {own: images} | {scale: artist.draw(requests, advance, scale) for scale in others}
     return Drawn(
         images=images,
         again=again,
@@ -141,6 +153,7 @@ def draw_all(artist: Artist, captions: list[str], guided: bool) -> Drawn:
         scales=scales,
         by_scale=torch.stack(by_scale, 1),
         by_noise=by_noise.unflatten(0, (len(varied), NUM_NOISES)),
+        swept={scale: drawn[scale] for scale in sweep},
         seconds=elapsed,
         num_nonfinite=int(sum(int(count) for count in artist.nonfinite)),
     )

@@ -3,6 +3,7 @@
 N captions of the split, D latent channels, h w latent grid.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fluxflow_train import weights
 from fluxflow_train.data.sources import Split
+from fluxflow_train.errors import UserError
 from fluxflow_train.generation import Request, evaluating, generate, latent_shape
 from fluxflow_train.metrics import features
 from fluxflow_train.metrics.extractor import state_sha256
@@ -48,8 +50,9 @@ class Evidence:
         guided: bool,
         extractor: features.EfficientNetLite0 | None,
         device: torch.device,
+        sweep: Sequence[float],
     ):
-        """Draw, then describe what was drawn and what is real. `sets` by name are features (N, F)."""
+        """Draw, then describe what was drawn and what is real. `sets` by name, `swept` by scale are features (N, F)."""
         self.cost: dict[str, float] = {}
         seed = artist.settings.seed
         describe: Describe = by_pixels if extractor is None else by_extractor(extractor, device)
@@ -57,7 +60,7 @@ class Evidence:
         self.real: SplitImages = read_split_images(data, split, captionless=guided)
         self.expected = min(data.num_samples(split) - self.real.num_captionless, MAX_IMAGES)
         with clock(self.cost, "seconds_draw"):
-            self.drawn: Drawn = draw_all(artist, self.real.captions, guided)
+            self.drawn: Drawn = draw_all(artist, self.real.captions, guided, sweep)
         count = len(self.real.images)
         pictures = {
             "real": self.real.images,
@@ -65,11 +68,16 @@ class Evidence:
             "reconstruction": artist.reconstruct(self.real.images),
             "noise": artist.decode_noise(count),
         }
-        with clock(self.cost, "seconds_features"), progress("describe", len(pictures) * count) as advance:
-            self.sets: dict[str, Tensor] = {}
-            for name, images in pictures.items():
-                self.sets[name] = describe(images)
+        total = (len(pictures) + len(sweep)) * count
+        with clock(self.cost, "seconds_features"), progress("describe", total) as advance:
+
+            def described(images: Tensor) -> Tensor:
+                found = describe(images)
                 advance(count)
+                return found
+
+            self.sets = {name: described(images) for name, images in pictures.items()}
+            self.swept = {scale: described(images) for scale, images in self.drawn.swept.items()}
         pool = min(self.num_train, TRAIN_POOL)
         with clock(self.cost, "seconds_read_train"), progress("read train", pool) as advance:
             self.train: TrainImages = read_train_images(data, seed, describe, self.sets["drawn"][:NUM_SHOWN], advance)
@@ -84,6 +92,7 @@ def evaluate_flow(
     device: torch.device | str,
     seed: int,
     provenance: dict[str, Any],
+    guidance_scales: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The report on `model`, drawn by THE sampler as the model recommends, in fp32, on one process.
 
@@ -91,19 +100,35 @@ def evaluate_flow(
         run_dir: where `metrics.csv` and `samples/` are read from; nothing is written (see `write_report`).
         provenance: as for `evaluate_vae`, and "sampling": {"objective": its description, "sampler": {solver, steps,
             guidance, micro_batch, resolution}, "cfg_dropout_prob"}.
+        guidance_scales: at which all captions are drawn too, for their distances alone.
 
     Raises:
-        UserError: the split has no captions, and the model cannot draw without.
+        UserError: the split has no captions, and the model cannot draw without; or it never learned the null condition
+            that another scale than 1 needs.
     """
     device = torch.device(device)
     sampling = provenance["sampling"]
+    guided = sampling["cfg_dropout_prob"] > 0
+    sweep = scales_of(guidance_scales, guided)
     objective: Objective = weights.build(sampling["objective"])
     settings = reported_settings(sampling, seed)
     extractor = features.EfficientNetLite0().to(device) if features.available() else None
+    if sweep and extractor is None:
+        raise UserError(f"guidance_scales are compared by features, and there is no extractor: {features.REMEDY}")
     artist = Artist(model.to(device), objective, settings, device)
     with evaluating(model):
-        evidence = Evidence(artist, data, split, sampling["cfg_dropout_prob"] > 0, extractor, device)
+        evidence = Evidence(artist, data, split, guided, extractor, device, sweep)
         return report_of(artist, evidence, run_dir, split, extractor, provenance)
+
+
+def scales_of(given: Sequence[float], guided: bool) -> tuple[float, ...]:
+    """Raises UserError for what are no guidance scales, or none that the model can draw at."""
+    if not all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in given):
+        raise UserError(f"guidance_scales={list(given)} must be numbers: guidance_scales=[1,3,5]")
+    scales = tuple(dict.fromkeys(map(float, given)))
+    if not guided and set(scales) - {1.0}:
+        raise UserError("guidance_scales other than 1 need a model trained with task.cfg_dropout_prob above 0")
+    return scales
 
 
 def report_of(
@@ -115,7 +140,7 @@ def report_of(
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The dictionary that becomes `report.json`."""
-    settings, real, drawn = artist.settings, evidence.real, evidence.drawn
+    settings, real, drawn, train = artist.settings, evidence.real, evidence.drawn, evidence.train.features
     model = describe(artist, provenance["sampling"]) | provenance.get("model", {})
     curves = figures.training_curves(run_dir / "metrics.csv")
     results, estimator, warnings = all_results(artist, evidence, curves, extractor, model)
@@ -132,9 +157,13 @@ def report_of(
         "status_reasons": reasons,
         "command": provenance["command"],
         "results": results,
+        "sweep": [
+            {"guidance": scale, "results": flow_results.swept_results(evidence.sets["real"], x, train, settings.seed)}
+            for scale, x in evidence.swept.items()
+        ],
         "protocol": protocol.flow_protocol(split, settings, len(drawn.images)),
         "reference": reference
-        | {"training_images": len(evidence.train.features), "of_training_images": evidence.num_train}
+        | {"training_images": len(train), "of_training_images": evidence.num_train}
         | provenance.get("reference", {}),
         "samples": {
             "expected": evidence.expected,

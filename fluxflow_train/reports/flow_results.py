@@ -36,6 +36,7 @@ FLOOR_NOTE = "two disjoint sets of training images of the same size: what chance
 KID_NOTE = "of the pictures drawn for the captions of the split to the split's own images; 0 is a perfect model"
 TRAIN_NOTE = "the training images may show other things than the split: its own real images are the yardstick"
 TRAIN_METHOD = "2.5 to 97.5 % of {num} random halves of the smaller set, the training images whole"
+FRECHET = f"frechet_pca{PROJECTION_DIMENSION}_{NAME}"
 QUARTERS = 4
 PIECE = 512
 
@@ -143,10 +144,29 @@ def kid_to_train(name: str, train: Tensor, other: Tensor, seed: int, **words: An
     return entry | {"n_real": len(x)}
 
 
+def swept_results(real: Tensor, drawn: Tensor, train: Tensor, seed: int) -> list[Result]:
+    """Distances of the images of one guidance scale, features (N, F), by the names and rules of the report's own."""
+    if len(real) < 2 or len(train) < 2:
+        return []
+    results = [
+        kid_result("kid", real, drawn, seed, label="Kernel distance (KID)", note=KID_NOTE),
+        kid_to_train("kid_train", train, drawn, seed, label="KID to the training images"),
+    ]
+    if enough_for_frechet(len(real), len(train)):
+        projection = fit_projection(train[:PROJECTION_IMAGES], PROJECTION_DIMENSION)
+        results.append(frechet_result(FRECHET, real, drawn, projection, label=FRECHET_LABEL)[0])
+    return results
+
+
+def enough_for_frechet(num_images: int, num_train: int) -> bool:
+    """Whether a split, and the training images that the components are fitted on, are large enough."""
+    return enough_images(num_images, PROJECTION_DIMENSION) and num_train >= PROJECTION_IMAGES + num_images
+
+
 def frechet_results(sets: dict[str, Tensor], train: Tensor) -> tuple[list[Result], dict[str, Any], list[str]]:
     """Frechet distance on 64 components of training features, where the sets are large enough; estimator; warnings."""
     n, wanted = len(sets["real"]), PROJECTION_IMAGES + len(sets["real"])
-    if not enough_images(n, PROJECTION_DIMENSION) or len(train) < wanted:
+    if not enough_for_frechet(n, len(train)):
         return (
             [],
             {},
@@ -155,16 +175,15 @@ def frechet_results(sets: dict[str, Tensor], train: Tensor) -> tuple[list[Result
                 f"(got {n}) and {wanted} training images (got {len(train)}); use KID"
             ],
         )
-    name = f"frechet_pca{PROJECTION_DIMENSION}_{NAME}"
     projection = fit_projection(train[:PROJECTION_IMAGES], PROJECTION_DIMENSION)
-    entry, check = frechet_result(name, sets["real"], sets["drawn"], projection, label=FRECHET_LABEL)
+    entry, check = frechet_result(FRECHET, sets["real"], sets["drawn"], projection, label=FRECHET_LABEL)
     results, checks = [entry], [check]
     for rival, label in RIVALS.items():
         other = train[PROJECTION_IMAGES:wanted] if rival == "noise_floor" else sets[rival]
-        words: dict[str, Any] = {"label": label, "baseline_of": name, "baseline": rival}
+        words: dict[str, Any] = {"label": label, "baseline_of": FRECHET, "baseline": rival}
         if rival == "noise_floor":
             words["note"] = "training images against the split's: the Frechet distance is above 0 by chance alone"
-        entry, check = frechet_result(f"{name}_{rival}", sets["real"], other, projection, **words)
+        entry, check = frechet_result(f"{FRECHET}_{rival}", sets["real"], other, projection, **words)
         results.append(entry)
         checks.append(check)
     estimator = {

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fluxflow_train.reports.page import number, plain
-from fluxflow_train.reports.study_words import between, fine, level, missing, signed
+from fluxflow_train.reports.study_words import between, fine, is_guided, level, missing, signed
 
 
 def render(report: dict[str, Any]) -> str:
@@ -70,7 +70,8 @@ def cells(report: dict[str, Any]) -> list[str]:
         "residual",
         "seconds",
     ]
-    heads += ["images/s", "MiB", "rate, nats", "learning rate", "runs"]
+    guided = is_guided(report)
+    heads += ["images/s", "MiB", "rate, nats", "learning rate", *["guidance"] * guided, "runs"]
     rows = [
         [
             word(c["arm"]),
@@ -86,6 +87,7 @@ def cells(report: dict[str, Any]) -> list[str]:
             number(c["memory_mib"]),
             number(c["rate_nats"]),
             fine(c["learning_rate"]),
+            *[fine(c["guidance"])] * guided,
             ", ".join(word(run) for run in c["runs"]),
         ]
         for c in report["cells"]
@@ -174,12 +176,17 @@ def tuning(report: dict[str, Any]) -> list[str]:
             word(t["arm"]),
             word(t["size"]),
             word(t["key"]),
-            ", ".join(f"{fine(p['value'])}: {number(p['mean'], report['metric']['unit'])}" for p in t["points"]),
-            fine(t["chosen"]) + (" (at the edge)" if t["at_edge"] else ""),
+            ", ".join(f"{choice(p)}: {number(p['mean'], report['metric']['unit'])}" for p in t["points"]),
+            ("–" if t["chosen"] is None else choice(t["chosen"])) + (" (at the edge)" if t["edges"] else ""),
         ]
         for t in report["tuning"]
     ]
     return table(["arm", "size", "setting", f"{label(report)} by value", "chosen"], rows)
+
+
+def choice(entry: dict[str, Any]) -> str:
+    """A tuned value, with its guidance where that is tuned too."""
+    return fine(entry["value"]) + ("" if entry["guidance"] is None else f" at guidance {fine(entry['guidance'])}")
 
 
 def factorial(report: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from fluxflow_train.reports.study_panels import (
     under,
     y_label,
 )
-from fluxflow_train.reports.study_words import between, fine, level, missing, signed
+from fluxflow_train.reports.study_words import between, fine, is_guided, level, missing, signed
 
 TONES = {"supported": "final", "refuted": "smoke", "undecided": "partial"}
 NO_ARM = 6  # the place whose colour is the text's
@@ -42,6 +42,7 @@ def render(report: dict[str, Any]) -> str:
         tone=TONES.get(report["answer"]["verdict"], "quiet"),
         missing=missing(report),
         crowd=len(arms) > CROWD,
+        guided=is_guided(report),
         run_places={run["name"]: place for place, run in enumerate(report["runs"])},
         ratios=ratio_chart(report, arms),
         quality=[panel for panel in quality_panels(report, arms) if panel["plots"]],

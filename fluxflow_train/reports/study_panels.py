@@ -119,15 +119,22 @@ def scaled(curve: dict[str, Any], arms: dict[str, int], cost: float) -> Line:
 
 
 def tuning_charts(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """For every size and setting: what each value gave, the chosen one ringed."""
-    groups: dict[tuple[str, str], list[Line]] = {}
+    """For every size: what each value gave, and each guidance where it is tuned too; the chosen one ringed."""
+    groups: dict[tuple[str, str, bool], list[Line]] = {}
     for entry in sorted(report["tuning"], key=lambda entry: arms[entry["arm"]]):
-        points = sorted((p["value"], p["mean"]) for p in entry["points"] if p["mean"] is not None and p["value"] > 0)
-        x, y = [value for value, _ in points], [mean for _, mean in points]
-        line = Line(arms[entry["arm"]], entry["arm"], x, y, y, y, entry["chosen"])
-        groups.setdefault((entry["size"], entry["key"]), []).append(line)
-    for (size, setting), lines in groups.items():
-        chart = study_charts.lines_chart(lines, x_label=setting, y_label=y_label(report), log_x=True, marked=True)
+        chosen, key = entry["chosen"] or {"value": None, "guidance": None}, entry["key"]
+        known = [p for p in entry["points"] if p["mean"] is not None and p["value"] > 0]
+        # Along each axis of the grid, through what was chosen on the other.
+        by_value = {p["value"]: p["mean"] for p in known if p["guidance"] == chosen["guidance"]}
+        by_guidance = {p["guidance"]: p["mean"] for p in known if p["value"] == chosen["value"]}
+        for setting, means, ring in ((key, by_value, "value"), ("guidance", by_guidance, "guidance")):
+            if means and None not in means:
+                x = sorted(means)
+                y = [means[value] for value in x]
+                line = Line(arms[entry["arm"]], entry["arm"], x, y, y, y, chosen[ring])
+                groups.setdefault((entry["size"], setting, setting == key), []).append(line)
+    for (size, setting, log_x), lines in groups.items():
+        chart = study_charts.lines_chart(lines, x_label=setting, y_label=y_label(report), log_x=log_x, marked=True)
         if chart:
             yield {"title": under(size, None), "chart": chart}
 

@@ -32,6 +32,11 @@ def level(report: dict[str, Any]) -> str:
     return f"{100 * report['confidence']:g} %"
 
 
+def is_guided(report: dict[str, Any]) -> bool:
+    """Whether guidance was tuned."""
+    return any(point["guidance"] is not None for entry in report["tuning"] for point in entry["points"])
+
+
 def missing(report: dict[str, Any]) -> dict[str, str]:
     """Why a part of the study is not there; only parts that are not."""
     one_size = len(report["sizes"]) < 2

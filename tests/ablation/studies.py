@@ -26,7 +26,14 @@ CONTENT: dict[str, Any] = {
     "decision": {"size_ratio": 2.0, "against": ["relu"], "margin": 0.3, "confidence": 0.95},
     "targets": False,
 }
-TUNING = {"key": "scale.learning_rate", "values": [0.004, 0.001], "sizes": ["m"], "seeds": [100], "budget_images": 32}
+TUNING: dict[str, Any] = {
+    "key": "scale.learning_rate",
+    "values": [0.004, 0.001],
+    "guidance": None,
+    "sizes": ["m"],
+    "seeds": [100],
+    "budget_images": 32,
+}
 VAES = {
     "experiment": "vae_bezier",
     "overrides": ["data=shapes"],
@@ -70,9 +77,11 @@ def record_of(run: Run, metric: float, rate: float | None = 500.0) -> dict[str, 
     return {
         **run.place,
         "learning_rate": run.value,
+        "guidance": None,
         "directory": f"runs/{run.name}",
         "host": "here",
         "metric": metric,
+        "swept": [],
         "results": {"psnr": metric},
         "report_status": "final",
         "images_seen": 64,

@@ -174,7 +174,7 @@ def test_what_is_missing_is_said_and_everything_else_stands(tmp_path: Path) -> N
     assert report["answer"]["verdict"] == "undecided" and "runs of these arms failed" in report["answer"]["headline"]
     assert any("relu (seed 3) failed" in warning for warning in report["warnings"])
     curve = next(row for row in report["tuning"] if row["arm"] == "relu")
-    assert curve["chosen"] == 0.001 and curve["at_edge"]
+    assert curve["chosen"] == {"value": 0.001, "guidance": None} and curve["edges"] == [0.001]
     assert next(arm for arm in report["arms"] if arm["name"] == "relu")["learning_rates"]["s"] == 0.001
 
 

@@ -5,6 +5,7 @@ import yaml
 
 from fluxflow_train.ablation import plan as plans
 from fluxflow_train.ablation.plan import expand, load, parse
+from fluxflow_train.ablation.tuning import Choice
 from fluxflow_train.cli import config_folder
 from fluxflow_train.errors import UserError
 from tests.ablation.studies import CONTENT, TUNING, VAES, frozen_of, plan_of
@@ -46,12 +47,22 @@ def test_a_run_is_one_exact_command() -> None:
         "seed=100", "budget.images=32", "evaluate.split=tune",
         f"run='d/runs/{trial.name}'",
     ]  # fmt: skip
-    assert frozen.overrides(run, 0.001, Path("d")) == [
+    assert frozen.overrides(run, Choice(0.001, None), Path("d")) == [
         *common, "activation=relu", "model.encoder.widths=[9]", "scale.learning_rate=0.001",
         "trainer.precision=32-true", "run_id=study-beef-main-relu-m-seed1", "match=none", "seed=1",
         "budget.images=64", "evaluate.split=test",
         "run='d/runs/main/relu-m-seed1'",
     ]  # fmt: skip
+
+
+def test_guidance_is_tuned_with_the_rate() -> None:
+    plan = plan_of(experiment="flow_bezier", vaes=VAES, tuning={**TUNING, "guidance": [1, 2.5]})
+    frozen = frozen_of(plan)
+    trial, run = (next(r for r in frozen.runs if r.phase == phase) for phase in ("tune", "main"))
+    assert "evaluate.report.guidance_scales=[1,2.5]" in frozen.overrides(trial, None, Path("d"))
+    chosen = frozen.overrides(run, Choice(0.001, 2.5), Path("d"))
+    assert {"scale.learning_rate=0.001", "task.sampler.guidance=2.5"} <= set(chosen)
+    assert not any("guidance_scales" in override for override in chosen)
 
 
 def test_every_key_is_in_the_hash() -> None:
@@ -89,6 +100,8 @@ def test_plans_that_ship_are_well_formed(path: Path) -> None:
         ({"decision": {**CONTENT["decision"], "confidence": 0.3}}, "confidence lies between"),
         ({"match": "none"}, "arms that are matched"),
         ({"tuning": {**TUNING, "sizes": ["x"]}}, "tuning.sizes x are no sizes"),
+        ({"tuning": {**TUNING, "guidance": [1, 3]}}, "in a study of flows"),
+        ({"vaes": VAES, "tuning": {**TUNING, "guidance": []}}, "tuning.guidance holds scales"),
         ({"tuning": {**TUNING, "seeds": [1]}}, r"tuning.seeds \[1\] are compared later"),
     ],
 )

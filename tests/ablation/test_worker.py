@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from fluxflow_train import preemption
+from fluxflow_train.ablation.analysis import SCHEMA, analyse
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.ablation.worker import Worker, progress, work_together
 from fluxflow_train.errors import EXIT_STOPPED, Stopped, UserError
+from fluxflow_train.reports import schema
 from tests.ablation.studies import TUNING, VAES, frozen_of, plan_of
 
 
@@ -31,14 +33,17 @@ class Quick(Worker):
         time.sleep(self.seconds)
         code, said = self.ends(f"{directory.parent.name}/{directory.name}")
         if code == 0:
-            rate = next((o.partition("=")[2] for o in overrides if o.startswith("scale.learning_rate=")), "0")
-            finish(directory, 20 + float(rate))
+            given = dict(override.split("=", 1) for override in overrides)
+            scales = json.loads(given.get("evaluate.report.guidance_scales", "[]"))
+            finish(directory, 20 + float(given.get("scale.learning_rate", 0)), scales)
         return code, said
 
 
-def finish(directory: Path, psnr: float) -> None:
+def finish(directory: Path, psnr: float, scales: list[float]) -> None:
     results = [{"name": "psnr", "raw": psnr}, {"name": "rate_nats", "raw": 500.0}]
     report = {"results": results, "status": "final", "status_reasons": [], "environment": {}, "figures": {}}
+    # The better the nearer the scale is to 2.
+    report["sweep"] = [{"guidance": s, "results": [{"name": "psnr", "raw": psnr - abs(s - 2)}]} for s in scales]
     made = {"images_seen": 128, "seconds_training": 1.0, "command": "python", "git": "abc"}
     (directory / "report.json").write_text(json.dumps(report))
     (directory / "model.json").write_text(json.dumps({"sha256": "0", "provenance": made}))
@@ -79,6 +84,22 @@ def test_everything_is_made_once_trials_first(worker: Callable[..., Quick], tmp_
     worker(frozen).work()  # nothing is made again
     assert len(Ledger(tmp_path / FILE_NAME).events()) == len(events)
     assert progress(frozen, Ledger(tmp_path / FILE_NAME), 2) == {"finished": 12, "failed": 0, "pending": 0}
+
+
+def test_the_best_pair_of_rate_and_guidance_is_taken(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    tuning = {**TUNING, "guidance": [1, 2, 5]}
+    frozen = frozen_of(plan_of(experiment="flow_bezier", vaes=VAES, tuning=tuning))
+    worker(frozen).work()
+    ledger = Ledger(tmp_path / FILE_NAME)
+    finished = [event.record for event in ledger.events() if event.event == "finished"]
+    compared = [record for record in finished if record["phase"] == "main"]
+    assert len(compared) == 24
+    assert {(record["learning_rate"], record["guidance"]) for record in compared} == {(0.004, 2)}
+    report = analyse(ledger, "x")
+    schema.check(report, SCHEMA)
+    assert [row["chosen"] for row in report["tuning"]] == [{"value": 0.004, "guidance": 2}] * 2
+    assert [len(row["points"]) for row in report["tuning"]] == [6, 6] and report["tuning"][0]["edges"] == [0.004]
+    assert {run["guidance"] for run in report["runs"]} == {None, 2}
 
 
 def test_a_failure_is_kept_and_tried_again_and_hides_nothing(worker: Callable[..., Quick], tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ class TestContent:
         with pytest.raises(UserError, match=r"memory://bucket/none.tar: FileNotFoundError"):
             cache().fetch("memory://bucket/none.tar")
 
+    def test_what_a_packages_own_errors_say(self, cache):
+        class Locked(fsspec.AbstractFileSystem):
+            def info(self, path, **kwargs):
+                raise RuntimeError("unable to locate credentials")  # as botocore does: no OSError
+
+        fsspec.register_implementation("locked", Locked, clobber=True)
+        with pytest.raises(UserError, match=r"locked://bucket/0.tar: RuntimeError unable to locate credentials"):
+            cache().fetch("locked://bucket/0.tar")
+
     @pytest.mark.parametrize("url", ["s3://bucket/a.tar", "nonsense://bucket/a.tar"])
     def test_without_the_library_for_it(self, cache, url):
         with pytest.raises(UserError, match=f"can't read {url}: .*(s3fs|nonsense|rotocol)"):

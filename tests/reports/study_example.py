@@ -33,7 +33,7 @@ def full(arms: tuple[str, ...] = ARMS, seeds: int = 3, vaes: tuple[str, ...] = (
                 mine = [run(draw, arm, size, cost, seed, vae) for seed in range(seeds)]
                 runs += mine
                 cells.append(cell(arm, size, cost, vae, mine))
-    tuned = [entry for arm in arms for entry in tuning(draw, arm, runs)]
+    tuned = [entry for arm in arms for entry in tuning(draw, arm, (1, 2, 3, 5) if vaes else (None,))]
     failed = "main/relu-m-seed1" if len(arms) <= 4 else "main/arm1-m-seed1"
     study = minimal() | {
         "status": "partial",
@@ -112,6 +112,7 @@ def minimal() -> dict[str, Any]:
         "runs": [pending(arm, seed) for arm in ("bezier", "relu") for seed in range(2)],
         "provenance": {
             "plan_hash": "5f" * 32,
+            "group": "vae_size-beef",
             "frozen": "2026-11-28T00:00:00Z",
             "git": {"commit": "0123abcd", "dirty": False},
             "versions": {"torch": "2.9.0", "python": "3.11.7"},

@@ -22,6 +22,7 @@ def pending(arm: str, seed: int) -> dict[str, Any]:
         "metric",
         "report_status",
         "learning_rate",
+        "guidance",
         "parameters",
         "seconds",
         "memory_mib",
@@ -86,7 +87,7 @@ def cell(arm: str, size: str, cost: float, vae: str | None, runs: list[dict[str,
             "activation_bytes": cost * 30,
             "residual": 0.003,
         },
-        **{"learning_rate": 0.002, "seconds": sum(r["seconds"] for r in runs) / len(runs) * more},
+        **{"learning_rate": 0.002, "guidance": None, "seconds": sum(r["seconds"] for r in runs) / len(runs) * more},
         **{
             "images_per_second": 140.0 / more,
             "memory_mib": 900.0,
@@ -128,16 +129,18 @@ def ratio(arm: str, baseline: str, i: int, vae: str | None) -> dict[str, Any]:
     }
 
 
-def tuning(draw: random.Random, arm: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    best = draw.choice((0.001, 0.002, 0.004))
+def tuning(draw: random.Random, arm: str, scales: tuple[float | None, ...]) -> list[dict[str, Any]]:
+    best, scale = draw.choice((0.001, 0.002, 0.004)), draw.choice(scales)
     points = [
         {
             "value": v,
-            "mean": 20 - 2 * math.log(v / best) ** 2 + GAINS.get(arm, 0),
+            "guidance": g,
+            "mean": 20 - 2 * math.log(v / best) ** 2 - abs((g or 0) - (scale or 0)) + GAINS.get(arm, 0),
             "values": [20.0],
             "runs": [f"tune/{arm}-s-{v}"],
         }
         for v in (0.0005, 0.001, 0.002, 0.004, 0.008)
+        for g in scales
     ]
     return [
         {
@@ -145,8 +148,8 @@ def tuning(draw: random.Random, arm: str, runs: list[dict[str, Any]]) -> list[di
             "size": "s",
             "key": "scale.learning_rate",
             "points": points,
-            "chosen": best,
-            "at_edge": False,
+            "chosen": {"value": best, "guidance": scale},
+            "edges": [scale] if scale == 5 else [],
         }
     ]
 

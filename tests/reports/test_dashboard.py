@@ -75,7 +75,7 @@ def a_study(vaes: list[str]) -> dict[str, Any]:
             | {"error": "line | one\n<b>line two", "retried": True}
         ],
         "runs": [{"phase": "main", "seed": seed} for seed in SEEDS] + [{"phase": "tune", "seed": 0}],
-        "provenance": {"plan_hash": "abc", "git": {"commit": "0123", "dirty": False}},
+        "provenance": {"plan_hash": "abc", "group": "vae_size-1", "git": {"commit": "0123", "dirty": False}},
         "warnings": ["one run is missing"],
     }
 
@@ -183,7 +183,7 @@ def test_every_curve_is_logged_by_a_real_run(vaes: list[str], request: pytest.Fi
 def test_every_final_number_is_in_the_summary_or_the_config(report: dict[str, Any]) -> None:
     _, final, media = names_in(specification(a_study([])))
     run = Run("main/bezier-s-seed3", "main", "bezier", "s", None, 3, None, ())
-    overrides = wandb_overrides("vae_size", run, parameters=1, flops=2.0)
+    overrides = wandb_overrides("vae_size", "vae_size-1", run, parameters=1, flops=2.0)
     summary = {f"summary:{name}" for name in numbers(report)}
     assert final - summary == {f"config:{dashboard.FLOPS}.value"}
     assert f",{dashboard.FLOPS}:2.0}}" in overrides[-1]
@@ -211,7 +211,7 @@ def test_runs_are_those_of_the_study_and_an_arm_has_one_colour() -> None:
     section = told["workspace"]["spec"]["section"]
     [runs] = section["runSets"]
     wanted = [(item["key"]["name"], item["value"]) for item in runs["filters"]["filters"]]
-    assert wanted == [("group", "vae_size"), ("jobType", "main")]
+    assert wanted == [("group", "vae_size-1"), ("jobType", "main")]
     assert [key["name"] for key in runs["grouping"]] == ["arm.value", "size.value"]
     assert set(section["customRunColors"].values()) == set(dashboard.COLOURS[:2])
     assert len(section["customRunColors"]) == len(ARMS) * (1 + len(SIZES))
@@ -265,9 +265,11 @@ def test_hydra_reads_the_names_of_runs(config: Callable[..., Any]) -> None:
     names = ("main/be-zier_1.5:x-s-seed0", "tune/123", "vae/bezier-seed0")
     for name in names:
         run = Run(name, "main", "bezier", "1e3", None, 0, 0.002, ())
-        cfg = config("+experiment=vae_bezier", "logger=wandb", *wandb_overrides("42", run, parameters=7, flops=1.5e8))
+        cfg = config(
+            "+experiment=vae_bezier", "logger=wandb", *wandb_overrides("42", "42-7", run, parameters=7, flops=1.5e8)
+        )
         wandb = cfg.logger.wandb
-        assert (wandb.group, wandb.name, wandb.job_type) == ("42", name, "main")
+        assert (wandb.group, wandb.name, wandb.job_type) == ("42-7", name, "main")
         assert list(wandb.tags) == ["study:42", "arm:bezier", "size:1e3", "seed:0"]
         assert wandb.labels == {
             "study": "42", "arm": "bezier", "size": "1e3", "seed": 0, "tuned": 0.002,

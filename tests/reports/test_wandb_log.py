@@ -16,6 +16,7 @@ from fluxflow_train.reports.wandb_log import log_report, numbers
 
 pytest.importorskip("wandb")
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 TAGS = ["study:vae_size", "arm:bezier", "size:s", "seed:3"]
@@ -92,6 +93,7 @@ def check_names(run: Any, config: dict[str, Any], folder: Path) -> None:
 def test_an_offline_run_holds_names_config_curves_and_the_report(
     report: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    wandb.init(project="p", id="another", dir=tmp_path, mode="offline")  # a run that this process has not ended
     logger = WandbRecords(**settings)
     for seen in (8.0, 16.0):
         logger.log_metrics({"images_seen": seen, "val/psnr": seen / 2, "health/dead": 0.0}, step=int(seen))
