@@ -25,6 +25,8 @@ from fluxflow_train.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
 
+SMALL = 2**18  # bytes of a tensor that comes over sooner by pipe than by shared memory
+
 _MEANING = {
     "seed": "the seed",
     "batch_size": "the global batch size",
@@ -164,6 +166,8 @@ def _torch_loader(
     reader: BatchReader[Any], requests: Iterable[Request], num_workers: int, persistent: bool
 ) -> DataLoader[Fetched]:
     workers: dict[str, Any] = {}
+    pinned = torch.cuda.is_available()
+    collate: Any = _as_is if pinned or not num_workers else _light
     if num_workers:
         # Workers never touch a device, so forking is safe where it is the quick way to start them.
         workers = {
@@ -176,15 +180,28 @@ def _torch_loader(
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate,
+        pin_memory=pinned,
         generator=torch.Generator(),  # else every pass draws a seed from the global generator
         **workers,
     )
 
 
-def _as_is(fetched: Any) -> Any:
+def _as_is(fetched: Fetched) -> Fetched:
     return fetched
+
+
+def _light(fetched: Fetched) -> Fetched:
+    """Small tensors as arrays, which are pickled: what is in shared memory has to be asked for, a millisecond a tensor.
+
+    Not where batches are pinned, which is done to tensors alone.
+    """
+    small = {
+        name: value.numpy()
+        for name, value in fetched.batch.items()
+        if isinstance(value, torch.Tensor) and value.nbytes <= SMALL and value.dtype != torch.bfloat16
+    }
+    return fetched._replace(batch={**fetched.batch, **small})
 
 
 def _start_worker(worker: int) -> None:

@@ -29,8 +29,7 @@ Content = TypeVar("Content")
 class Fetched(NamedTuple):
     """A batch as it leaves the worker. Errors travel as data: raised there, they would arrive as a traceback.
 
-    Numpy arrays of `batch` become tensors in the main process: a tensor costs both processes a handshake on the way,
-    which is worth it for large ones alone.
+    Numpy arrays of `batch` become tensors in the main process.
     """
 
     batch: dict[str, Any]
