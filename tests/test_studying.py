@@ -142,7 +142,7 @@ def test_a_signal_saves_all_and_the_same_command_goes_on(write: Callable[..., Pa
 def test_flows_on_vaes_that_are_trained_first(
     command: Command, write: Callable[..., Path], tmp_path: Path, data_root: Path, frozen_text: tuple[str, ...]
 ) -> None:
-    """{Bezier, ReLU} x {Bezier, ReLU} and a common VAE, with the four rows of the targets."""
+    """{Bezier, ReLU} x {Bezier, ReLU} and a common VAE, rate and guidance tuned, the four rows of the targets."""
     shared = yaml.safe_load(write().read_text())["overrides"]
     vaes = VAES | {"overrides": [*shared, *SIZES["s"]], "budget_images": 16}
     own = [o for o in shared if not o.startswith("evaluate.report")]
@@ -153,9 +153,11 @@ def test_flows_on_vaes_that_are_trained_first(
         vaes=vaes,
         tolerance=0.1,
         targets=True,
-        metric={"name": "loss", "label": "loss", "unit": "", "better": "lower", "split": "test"},
+        tuning={"key": "scale.flow.learning_rate", "values": [0.001, 0.002], "guidance": [1, 2.5], "sizes": ["w32"],
+                "seeds": [100], "budget_images": 16},
+        metric={"name": "kid", "label": "KID", "unit": "", "better": "lower", "split": "test"},
         decision={"size_ratio": None, "against": ["relu"], "margin": 0.1, "confidence": 0.95},
-    )
+    )  # fmt: skip
     folder = tmp_path / "study"
     code, output = command(
         "fluxflow_train.study", f"plan={plan}", f"dir={folder}", "workers=2", "runs.trainer=cpu",
@@ -163,7 +165,16 @@ def test_flows_on_vaes_that_are_trained_first(
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((folder / "report.json").read_text())
-    assert report["status"] == "complete" and report["counts"]["finished"] == 3 + 6
+    assert report["status"] == "complete" and report["counts"]["finished"] == 3 + 1 + 4 + 6
+    for row in report["tuning"]:
+        assert [(p["value"], p["guidance"]) for p in row["points"]] == [
+            (v, g) for v in (0.001, 0.002) for g in (1, 2.5)
+        ]
+        best = min(row["points"], key=lambda point: point["mean"])
+        assert row["chosen"] == {"value": best["value"], "guidance": best["guidance"]}
+        for run in (run for run in report["runs"] if (run["phase"], run["arm"]) == ("main", row["arm"])):
+            config = yaml.safe_load((folder / run["directory"] / "config.yaml").read_text())
+            assert config["task"]["sampler"]["guidance"] == best["guidance"] == run["guidance"]
     assert [effect["name"] for effect in report["factorial"]["effects"]] == ["vae", "flow", "interaction"]
     rows = {row["name"]: row["values"] for row in report["targets"]["rows"]}
     assert all(value > 0 for name in ("parameters", "seconds", "memory_gib") for value in rows[name].values())

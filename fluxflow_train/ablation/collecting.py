@@ -24,8 +24,11 @@ OWN = (
 )  # keys in which the seeds of a cell differ; what is computed from them has them too
 
 
-def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
+def collect(directory: Path, metric: str | None, budget_images: int) -> dict[str, Any]:
     """Numbers, curves, health and pictures of a run, as plain JSON; `swept` has the metric by guidance scale.
+
+    Args:
+        metric: None for a run that is not measured by the plan's, as the VAEs that flows are trained on.
 
     Raises:
         UserError: the run's report is missing, or lacks the metric, at some guidance or at all; or the run ended before
@@ -37,17 +40,17 @@ def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{directory} has no whole report and model ({error}): it was not finished") from error
     results = {entry["name"]: entry["raw"] for entry in report["results"]}
-    if results.get(metric) is None:
+    if metric is not None and results.get(metric) is None:
         known = ", ".join(name for name, value in results.items() if value is not None)
         raise UserError(f"the report of {directory} has no result {metric}: there are {known}")
-    swept = [(part["guidance"], metric_of(part["results"], metric)) for part in report.get("sweep", [])]
+    swept = [(part["guidance"], value_of(part["results"], metric)) for part in report.get("sweep", [])]
     if any(value is None for _, value in swept):
         raise UserError(f"the report of {directory} has no result {metric} by guidance scale: tune it by kid")
     made = description["provenance"]
     if made["images_seen"] < budget_images:
         raise UserError(f"{directory} ended at {made['images_seen']:,} of {budget_images:,} images")
     return {
-        "metric": results[metric],
+        "metric": None if metric is None else results[metric],
         "swept": swept,
         "results": results,
         "report_status": report["status"],
@@ -69,7 +72,7 @@ def collect(directory: Path, metric: str, budget_images: int) -> dict[str, Any]:
     }
 
 
-def metric_of(results: list[dict[str, Any]], metric: str) -> float | None:
+def value_of(results: list[dict[str, Any]], metric: str | None) -> float | None:
     return next((entry["raw"] for entry in results if entry["name"] == metric), None)
 
 

@@ -214,11 +214,12 @@ class Worker:
         about["wall_seconds"] = round(time.monotonic() - started, 2)
         if code == 0:
             try:
-                found = collect(directory, self.frozen.plan.metric.name, self.frozen.budget_images(run))
+                metric = None if run.phase == "vae" else self.frozen.plan.metric.name
+                found = collect(directory, metric, self.frozen.budget_images(run))
                 self.ledger.add("finished", run.name, attempt, about | found)
                 self.failed_here.clear()
-                metric = self.frozen.plan.metric.name
-                self.say(f"{run.name}: {metric} {found['metric']:.5g} in {about['wall_seconds']:.0f} s")
+                measured = "finished" if metric is None else f"{metric} {found['metric']:.5g}"
+                self.say(f"{run.name}: {measured} in {about['wall_seconds']:.0f} s")
                 return
             except (ValueError, OSError) as error:  # no whole report, no metric, a number that is not finite
                 said = f"{said}\n{error}"
