@@ -103,8 +103,7 @@ def measure(
 @torch.inference_mode()
 def memory_of_a_batch(vae: nn.Module, data: EvaluationData, split: Split, device: torch.device) -> float | None:
     """Peak memory in MiB after one batch, taken before the extractor and the baselines need theirs."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    protocol.forget_peak_memory(device)
     x = dequantize(next(iter(data.eval_dataloader(split)))["image"].to(device))
     vae(x, torch.zeros(len(x), *vae.latent_shape(*x.shape[-2:]), device=device))  # type: ignore[operator]
     return protocol.peak_memory_mib(device)

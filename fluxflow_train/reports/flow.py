@@ -35,6 +35,7 @@ from fluxflow_train.reports.real_images import (
     read_split_images,
     read_train_images,
 )
+from fluxflow_train.reports.results import memory_result
 
 NUM_SHOWN = 8
 
@@ -59,8 +60,10 @@ class Evidence:
         self.num_train, self.num_tune = data.num_samples("train"), data.num_samples("tune")
         self.real: SplitImages = read_split_images(data, split, captionless=guided)
         self.expected = min(data.num_samples(split) - self.real.num_captionless, MAX_IMAGES)
+        protocol.forget_peak_memory(device)
         with clock(self.cost, "seconds_draw"):
             self.drawn: Drawn = draw_all(artist, self.real.captions, guided, sweep)
+        self.memory = protocol.peak_memory_mib(device)
         count = len(self.real.images)
         pictures = {
             "real": self.real.images,
@@ -214,6 +217,8 @@ def all_results(
     results += flow_results.caption_results(drawn.by_noise)
     how_drawn = f"{settings.solver}, {settings.steps} steps, guidance {settings.guidance.scale:g}, fp32"
     results += flow_results.cost_results(artist.model, drawn.seconds / len(drawn.images), len(drawn.images), how_drawn)
+    if evidence.memory is not None:
+        results.append(memory_result(evidence.memory, artist.device, "pictures", "its last picture"))
     return results, estimator, warnings
 
 

@@ -34,7 +34,8 @@ BASELINES = (
     ("another_image", "Another image"),
 )
 VAE_TILES = ("ssim", "psnr_nonwhite", "psnr_sampled", "rate_nats", "parameters", "images_per_second", "peak_memory")
-FLOW_TILES = ("parameters_flow", "parameters_text", "parameters_vae", "seconds_per_image", "caption_effect")
+FLOW_TILES = ("parameters_flow", "parameters_text", "parameters_vae", "seconds_per_image", "peak_memory")
+FLOW_TILES += ("caption_effect",)
 DISTANCES = ("fid", "frechet", "kid")
 STATUS = {
     "final": "every self-check passed",

@@ -81,6 +81,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Count anew on a GPU; a CPU process has one peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """GPU: the allocator's peak; CPU: the peak resident memory of the whole process; None where unknown."""
     if device.type == "cuda":

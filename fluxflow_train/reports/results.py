@@ -132,8 +132,11 @@ def cost_results(vae: nn.Module, measured: SplitPass, memory: float | None, devi
         ),
     ]
     if memory is not None:
-        note = "allocator, one batch" if device.type == "cuda" else "resident, the process up to its first batch"
-        results.append(
-            result("peak_memory", memory, label="Peak memory", unit="MiB", better="lower", num_images=0, note=note)
-        )
+        results.append(memory_result(memory, device, "one batch", "its first batch"))
     return results
+
+
+def memory_result(memory: float, device: torch.device, what: str, until: str) -> Result:
+    """`memory` in MiB: on a GPU of `what`, on a CPU of the process `until`, whatever it did before."""
+    note = f"allocator, {what}" if device.type == "cuda" else f"resident, the process up to {until}"
+    return result("peak_memory", memory, label="Peak memory", unit="MiB", better="lower", num_images=0, note=note)

@@ -14,7 +14,7 @@ from fluxflow_train.reports import charts
 from fluxflow_train.reports.charts import Axis, polyline
 
 WIDTH, HEIGHT = 340, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 328, 10, 198
+LEFT, RIGHT, TOP, BOTTOM = 54, 328, 10, 198
 AIR = 1.3  # of a logarithmic axis, either side
 SHADES = 8
 # Of unit size, in the order of the arms; the colours repeat after seven, the shapes after twelve.
