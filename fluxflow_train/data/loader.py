@@ -4,6 +4,7 @@ Neither is a `DataLoader`, so Lightning leaves their order alone; each holds one
 """
 
 import atexit
+import ctypes
 import logging
 import multiprocessing
 import signal
@@ -25,6 +26,7 @@ from fluxflow_train.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 SMALL = 2**18  # bytes of a tensor that comes over sooner by pipe than by shared memory
 
 _MEANING = {
@@ -208,6 +210,10 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group, and SLURM's signals every process of a job; the main process decides.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # The end of a killed main process is no end for a worker that is handing over a batch: it would wait for ever,
+        # and hold the run's lock.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @atexit.register

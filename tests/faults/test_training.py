@@ -65,6 +65,23 @@ def test_clock_that_jumps(runs: Runs, reference: Path, halfway: Path) -> None:
     assert_same(run, reference)
 
 
+def test_workers_end_with_a_process_that_is_killed(runs: Runs, reference: Path) -> None:
+    """Not all at once by their group, as the tests above: a worker that hands over a batch would wait for ever."""
+    run = runs.folder / "run"
+    process = runs.train(run)
+    until(lambda: records(run) > 3, process)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert workers
+    runs.complete(run)
+    assert_same(run, reference)
+
+
 def test_data_worker_killed(runs: Runs, reference: Path) -> None:
     run = runs.folder / "run"
     process = runs.train(run)
