@@ -51,6 +51,12 @@ def freeze(plan: Plan, trainer: str | None = None, timed: bool = False) -> Froze
             if vae_model is not None:
                 hang_on(cfg, vae_model)
             networks[arm][size], _ = solved(cfg, f"arm {arm} at size {size}", timed)
+            more = networks[arm][size]["match_ratio"]
+            if plan.decision.size_ratio is not None and more != 1:
+                raise UserError(
+                    f"arm {arm} has match_ratio={more:g}: a size ratio is told from arms of equal cost; set "
+                    "decision.size_ratio to null to ask whether this arm is equal"
+                )
     cfg = composed(plan, "overrides", [f"+experiment={plan.experiment}", *plan.overrides, *where])
     precision = cfg.trainer.precision
     if precision == "auto":

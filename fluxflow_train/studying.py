@@ -1,5 +1,6 @@
 """The body of `study`: a plan frozen, its missing runs made, its report written."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from fluxflow_train.ablation import frozen as freezer
 from fluxflow_train.ablation.analysis import analyse
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
-from fluxflow_train.ablation.plan import Plan, Run, expand, load
+from fluxflow_train.ablation.plan import Plan, Run, expand
+from fluxflow_train.ablation.plan_file import load
 from fluxflow_train.ablation.targets import measure, missing
 from fluxflow_train.ablation.worker import Worker, progress, work_together
 from fluxflow_train.cli import quoted
@@ -71,10 +73,10 @@ def study(cfg: DictConfig) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = cfg.threads or (max(1, cores // cfg.workers) if cfg.workers > 1 else None)
-    gpus = gpu_count() if cfg.workers > 1 else 0
+    gpus = visible_gpus() if cfg.workers > 1 else []
     workers = [
-        Worker(frozen, folder, extra, names(frozen, extra), threads, i % gpus if gpus else None, cfg.attempts, say)
-        for i in range(cfg.workers)
+        Worker(frozen, folder, extra, names(frozen, extra), threads, gpu, cfg.attempts, say)
+        for gpu, _ in zip(itertools.cycle(gpus or [None]), range(cfg.workers), strict=False)
     ]
     try:
         work_together(workers)
@@ -103,11 +105,13 @@ def measure_targets(frozen: Frozen, folder: Path) -> None:
             report(folder)
 
 
-def gpu_count() -> int:
-    """GPUs that this process sees; its runs, one for each worker, get one each."""
+def visible_gpus() -> list[str]:
+    """GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; its runs, one for each worker, get one each."""
     import torch
 
-    return torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [str(i) for i in range(count)] if given is None else given.split(",")[:count]
 
 
 def frozen_in(folder: Path, plan: Plan, trainer: str | None) -> Frozen:

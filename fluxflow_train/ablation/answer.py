@@ -49,7 +49,7 @@ def rule(plan: Plan) -> str:
         f"Supported where, against each of {arms}, the whole {level} interval of the size ratio is at or above "
         f"{claim}; refuted where, against any, the whole interval (at {level} for all of them together) is below "
         f"{claim}; undecided otherwise, and wherever the rates of the two differ by more than 5 % or runs of either "
-        f"failed. Other arms are controls and no part of the claim. {equal}"
+        f"have no result. Other arms are controls and no part of the claim. {equal}"
     )
 
 
@@ -65,7 +65,8 @@ def of_difference(claimed: list[Record], plan: Plan) -> tuple[str, str]:
     if len(known) == 1:
         return verdict, f"{verdict.capitalize()}: {difference_words(known[0], plan)}"
     each = "; ".join(
-        f"{WORDS[row['verdict']].format(against(row))} ({row['difference']:+.3g} {plan.metric.unit}".rstrip() + ")"
+        f"{WORDS[row['verdict']].format(against(row))} ({row['difference']:+.3g} {plan.metric.unit}".rstrip()
+        + (", at another rate)" if row["rates_agree"] is False else ")")
         for row in known
     )
     return verdict, f"{verdict.capitalize()}: {plan.candidate} is {each}."
@@ -85,7 +86,10 @@ def of_claim(ratios: list[Record], claimed: list[Record], plan: Plan) -> tuple[s
         who = f"the rate of {plan.candidate} differs by more than 5 % from that of {', '.join(unequal)}"
         return "undecided", f"Undecided: {who}, so quality alone decides nothing."
     if any(row["lost"] for row in ratios):
-        return "undecided", f"Undecided: runs of these arms failed. {ratio_words(critical)} {target}"
+        return (
+            "undecided",
+            f"Undecided: runs of these arms failed or are still to come. {ratio_words(critical)} {target}",
+        )
     refuting = [row for row in bounded if row["high_simultaneous"] is not None and row["high_simultaneous"] < claim]
     if refuting:
         return "refuted", f"Refuted: {ratio_words(min(refuting, key=lambda row: row['ratio']))} {target}"
@@ -114,7 +118,10 @@ def difference_words(row: Record, plan: Plan) -> str:
     detectable = "" if seen is None else f", {seeds} see {measured(seen, plan)} or more"
     if row["verdict"] == "undecided" and row["needed"] is not None:
         detectable += f" and {row['needed']:.0f} would see the margin"
-    return f"{row['arm']} is {WORDS[row['verdict']].format(against(row))} {scope}: {signed(row, plan)}{detectable}."
+    rates = ", at rates that differ by more than 5 %" if row["rates_agree"] is False else ""
+    return (
+        f"{row['arm']} is {WORDS[row['verdict']].format(against(row))} {scope}: {signed(row, plan)}{detectable}{rates}."
+    )
 
 
 def against(row: Record) -> str:

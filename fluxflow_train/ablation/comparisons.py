@@ -110,6 +110,8 @@ def agreement(results: Results, baseline: str, vae: str | None, sizes: list[str]
     if any(results.records[arm, size, vae, s]["rate_nats"] is None for arm in arms for size in sizes for s in seeds):
         return None
     ours, theirs = (results.quality(arm, sizes, vae, seeds, "rate_nats") for arm in arms)
+    if min(ours.min(), theirs.min()) <= 0:  # a posterior that has collapsed
+        return False
     return bool(rates_agree(ours, theirs))
 
 
@@ -189,9 +191,14 @@ def rate_distortions(results: Results) -> list[Record]:
             [results.quality(arm, sizes, vae, seeds, key) for key in ("metric", "rate_nats")]
             for arm in (plan.candidate, baseline)
         )
-        distance = rate_distortion(ours, our_rate, theirs, their_rate, plan.decision.confidence)
+        place = {"arm": plan.candidate, "baseline": baseline, "vae": vae}
+        try:
+            distance = rate_distortion(ours, our_rate, theirs, their_rate, plan.decision.confidence)
+        except ValueError as error:  # no curve: a rate of 0, or one rate at two sizes
+            found.append({**place, "n": 0, "difference": None, "low": None, "high": None, "note": str(error)})
+            continue
         found.append(
-            {"arm": plan.candidate, "baseline": baseline, "vae": vae, "n": distance.num_seeds}
+            {**place, "n": distance.num_seeds}
             | {key: finite(getattr(distance, key)) for key in ("difference", "low", "high")}
             | {"note": distance.explanation}
         )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxflow_train.ablation.ledger import Ledger
-from fluxflow_train.ablation.plan import Plan, Run, expand, parse
+from fluxflow_train.ablation.plan import Plan, Run, expand
+from fluxflow_train.ablation.plan_file import parse
 from fluxflow_train.ablation.tuning import Choice
 from fluxflow_train.cli import quoted
 from fluxflow_train.errors import UserError

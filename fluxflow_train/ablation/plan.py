@@ -1,24 +1,16 @@
-"""What a study compares, as a file that is fixed before its first run: `conf/plans/*.yaml`, or any other by its path.
+"""What a study compares, fixed before its first run; see plan_file.py for where it stands.
 
 A plan expands to runs. Each is the ordinary training command with overrides; its name says its place in the plan.
 """
 
 import dataclasses
 import itertools
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import yaml
-
-from fluxflow_train.cli import config_folder
-from fluxflow_train.errors import UserError
 from fluxflow_train.evaluation.protocol import digest
 
-FOLDER = "plans"
 MATCHINGS = ("parameters", "flops", "latency", "none")
-NAME = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
 Phase = Literal["vae", "tune", "main"]
 
@@ -124,7 +116,7 @@ class Plan:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All of it, as plain JSON; `parse` reads it again."""
+        """All of it, as plain JSON; `plan_file.parse` reads it again."""
         return dataclasses.asdict(self)
 
     @property
@@ -185,114 +177,3 @@ def expand(plan: Plan) -> list[Run]:
 
 def _names(runs: list[Run]) -> set[str]:
     return {run.name for run in runs}
-
-
-# ---- files ----
-
-
-def load(name: str) -> Plan:
-    """A plan of ours by name, or any other by the path of its file.
-
-    Raises:
-        UserError: there is none, or it is not well formed.
-    """
-    folder = config_folder() / FOLDER
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    path = folder / f"{name}.yaml" if name in names else Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or give a FILE.yaml"
-        raise UserError(f"there is no plan {name}: {hint}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"plan={name} can't be read ({reason}): give one of {', '.join(names)}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds no keys: copy one of conf/{FOLDER}/ and change it")
-    return parse({"name": path.stem, **content}, path.name)
-
-
-def parse(content: dict[str, Any], where: str) -> Plan:
-    """Raises UserError, in one line, for what is no plan."""
-    plan = _filled(Plan, content, where)
-    for what, names in {"arms": plan.arms, "sizes": plan.sizes, "vaes": plan.vaes.arms if plan.vaes else {}}.items():
-        for name in names:
-            if not set(name) <= NAME:
-                raise UserError(f"{where}: {name!r} of {what} must be letters, digits and _: it names folders")
-    decision, tuning = plan.decision, plan.tuning
-    refused = [
-        (plan.candidate not in plan.arms, f"candidate={plan.candidate} is no arm: there are {', '.join(plan.arms)}"),
-        (len(plan.arms) < 2, "a comparison wants two arms or more"),
-        (not plan.sizes or not plan.seeds, "sizes and seeds must not be empty"),
-        (len(set(plan.seeds)) < len(plan.seeds), "seeds must differ"),
-        (plan.match not in MATCHINGS, f"match={plan.match}: it is one of {', '.join(MATCHINGS)}"),
-        (plan.metric.better not in ("higher", "lower"), "metric.better is higher or lower"),
-        (not 0.5 < decision.confidence < 1, "decision.confidence lies between 0.5 and 1"),
-        (decision.margin <= 0, "decision.margin is positive"),
-        (
-            not decision.against or not set(decision.against) <= set(plan.baselines),
-            "decision.against names arms of the plan other than the candidate",
-        ),
-    ]
-    if decision.size_ratio is not None:
-        refused += [
-            (decision.size_ratio <= 0, "decision.size_ratio is positive, or null"),
-            (
-                len(plan.sizes) < 2 or plan.match == "none",
-                "a claim of a size ratio wants two sizes or more, and arms that are matched",
-            ),
-        ]
-    if tuning is not None:
-        unknown = [size for size in tuning.sizes if size not in plan.sizes]
-        shared = sorted(set(tuning.seeds) & set(plan.seeds))
-        refused += [
-            (bool(unknown), f"tuning.sizes {', '.join(unknown)} are no sizes of the plan"),
-            (not tuning.values or not tuning.sizes, "tuning.values and tuning.sizes must not be empty"),
-            (
-                tuning.guidance is not None and (plan.vaes is None or not tuning.guidance),
-                "tuning.guidance holds scales, in a study of flows; else it is null",
-            ),
-            (bool(shared), f"tuning.seeds {shared} are compared later: a choice wants seeds of its own"),
-        ]
-    for is_wrong, message in refused:
-        if is_wrong:
-            raise UserError(f"{where}: {message}")
-    return plan
-
-
-def _filled(kind: type[Any], content: Any, where: str) -> Any:
-    """A dataclass from a dictionary, recursively."""
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected the keys {', '.join(f.name for f in fields(kind))}, got {content!r}")
-    hints = get_type_hints(kind)
-    for key in content:
-        if key not in hints:
-            near = get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
-            raise UserError(f"{where} has an unknown key {key}: {hint}")
-    missing = [key for key in hints if key not in content]
-    if missing:
-        raise UserError(f"{where} lacks the key {missing[0]}: copy it from one of conf/{FOLDER}/")
-    return kind(**{key: _value(hints[key], content[key], f"{where}: {key}") for key in hints})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, of those that a plan is made of."""
-    options = get_args(hint)
-    if type(None) in options:
-        return None if value is None else _value(options[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return _filled(hint, value, where)  # type: ignore[arg-type]
-    if getattr(hint, "__origin__", None) is tuple and isinstance(value, list | tuple):
-        return tuple(_value(options[0], item, where) for item in value)
-    if getattr(hint, "__origin__", None) is dict and isinstance(value, dict):
-        return {str(key): _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is hint:
-        return value
-    expected = {str: "a text (quoted)", int: "a whole number", float: "a number", bool: "true or false"}
-    raise UserError(f"{where}={value!r} must be {expected.get(hint, 'a list' if hint is not dict else 'keys')}")

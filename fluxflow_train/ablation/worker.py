@@ -51,7 +51,7 @@ class Worker:
         extra: overrides of where and how, for every run, as trainer= or data.root=: no part of the plan.
         names: the overrides that a run has beside them, by run.
         threads: of each run; None leaves it to torch.
-        gpu: number of the one that its runs see; None: all that this process sees.
+        gpu: the one that its runs see, as CUDA_VISIBLE_DEVICES names it; None: all that this process sees.
         attempts: how often a run may fail, over all workers and sessions.
     """
 
@@ -62,7 +62,7 @@ class Worker:
         extra: list[str],
         names: Callable[[Run], list[str]],
         threads: int | None,
-        gpu: int | None,
+        gpu: str | None,
         attempts: int,
         say: Say,
     ):
@@ -228,7 +228,8 @@ class Worker:
             self.ledger.add("stopped", run.name, attempt, about)
             raise Stopped(f"{run.name} was stopped, saved: the same command goes on from here")
         self.ledger.add("failed", run.name, attempt, about)
-        self.failed_here.append(run.name)
+        if run.phase != "tune":  # a rate at which arm after arm diverges is a result
+            self.failed_here.append(run.name)
         words = said.strip().splitlines()[-1] if said.strip() else "without a word, as where memory ran out"
         self.say(f"{run.name}: failed (exit code {code}): {words}")
         if len(set(self.failed_here)) >= SICK:
@@ -243,7 +244,7 @@ class Worker:
         # A job step's ranks are the worker's, not the run's.
         environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
         if self.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         if self.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         path = directory / LOG

@@ -122,11 +122,15 @@ def tuning_charts(report: dict[str, Any], arms: dict[str, int]) -> Iterator[dict
     """For every size: what each value gave, and each guidance where it is tuned too; the chosen one ringed."""
     groups: dict[tuple[str, str, bool], list[Line]] = {}
     for entry in sorted(report["tuning"], key=lambda entry: arms[entry["arm"]]):
-        chosen, key = entry["chosen"] or {"value": None, "guidance": None}, entry["key"]
-        known = [p for p in entry["points"] if p["mean"] is not None and p["value"] > 0]
+        known, key = [p for p in entry["points"] if p["mean"] is not None and p["value"] > 0], entry["key"]
+        if not known:
+            continue
+        sign = 1 if report["metric"]["better"] == "lower" else -1
+        chosen = entry["chosen"] or {"value": None, "guidance": None}
+        through = entry["chosen"] or min(known, key=lambda point: sign * point["mean"])
         # Along each axis of the grid, through what was chosen on the other.
-        by_value = {p["value"]: p["mean"] for p in known if p["guidance"] == chosen["guidance"]}
-        by_guidance = {p["guidance"]: p["mean"] for p in known if p["value"] == chosen["value"]}
+        by_value = {p["value"]: p["mean"] for p in known if p["guidance"] == through["guidance"]}
+        by_guidance = {p["guidance"]: p["mean"] for p in known if p["value"] == through["value"]}
         for setting, means, ring in ((key, by_value, "value"), ("guidance", by_guidance, "guidance")):
             if means and None not in means:
                 x = sorted(means)

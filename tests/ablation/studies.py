@@ -6,7 +6,8 @@ from typing import Any
 from fluxflow_train import rng
 from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import Ledger
-from fluxflow_train.ablation.plan import Plan, Run, parse
+from fluxflow_train.ablation.plan import Plan, Run
+from fluxflow_train.ablation.plan_file import parse
 
 CONTENT: dict[str, Any] = {
     "name": "study",

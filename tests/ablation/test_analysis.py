@@ -14,7 +14,8 @@ from fluxflow_train.ablation.frozen import Frozen
 from fluxflow_train.ablation.ledger import FILE_NAME, Ledger
 from fluxflow_train.errors import UserError
 from fluxflow_train.reports import schema
-from tests.ablation.studies import CONTENT, TUNING, VAES, frozen_of, plan_of, simulated, written
+from fluxflow_train.reports.study_page import write_study_report
+from tests.ablation.studies import CONTENT, TUNING, VAES, frozen_of, plan_of, record_of, simulated, written
 
 SIZES = {"s": [], "m": [], "l": []}
 SEEDS = [0, 1, 2, 3, 4]
@@ -171,11 +172,42 @@ def test_what_is_missing_is_said_and_everything_else_stands(tmp_path: Path) -> N
     (failure,) = report["failures"]
     assert failure["run"] == "main/relu-m-seed3" and "NaN in 11 steps" in failure["error"] and not failure["retried"]
     assert "1 of 30 runs to compare have no result" in report["answer"]["headline"]
-    assert report["answer"]["verdict"] == "undecided" and "runs of these arms failed" in report["answer"]["headline"]
+    assert (
+        report["answer"]["verdict"] == "undecided"
+        and "runs of these arms failed or are" in report["answer"]["headline"]
+    )
     assert any("relu (seed 3) failed" in warning for warning in report["warnings"])
     curve = next(row for row in report["tuning"] if row["arm"] == "relu")
     assert curve["chosen"] == {"value": 0.001, "guidance": None} and curve["edges"] == [0.001]
     assert next(arm for arm in report["arms"] if arm["name"] == "relu")["learning_rates"]["s"] == 0.001
+
+
+def test_a_rate_of_nothing_leaves_a_report(tmp_path: Path) -> None:
+    frozen = frozen_of(plan_of(seeds=SEEDS, sizes=SIZES))
+    ledger = Ledger(tmp_path / FILE_NAME)
+    written(ledger, frozen, {})
+    for run in frozen.runs:  # the posteriors of one arm have collapsed
+        ledger.add("finished", run.name, 1, record_of(run, 20.0 + run.seed, 0.0 if run.arm == "relu" else 500.0))
+    report = analyse(ledger, "x")
+    schema.check(report, SCHEMA)
+    assert overall(report)["rates_agree"] is False and report["answer"]["verdict"] == "undecided"
+    assert report["rate_distortion"][0]["difference"] is None and report["rate_distortion"][0]["note"]
+
+
+@pytest.mark.parametrize("guidance", [None, [1, 3]])
+def test_a_study_whose_trials_have_not_finished_has_a_page(tmp_path: Path, guidance: list[float] | None) -> None:
+    metric = {"name": "kid", "label": "KID", "unit": "", "better": "lower", "split": "test"}
+    plan = plan_of(
+        experiment="flow_bezier", vaes=VAES, metric=metric, tuning={**TUNING, "guidance": guidance, "seeds": [100, 101]}
+    )
+    ledger, frozen = Ledger(tmp_path / FILE_NAME), frozen_of(plan)
+    written(ledger, frozen, {})
+    write_study_report(analyse(ledger, "x"), tmp_path)
+    for run in (run for run in frozen.runs if run.phase == "tune" and run.seed == 100):
+        swept = [] if guidance is None else [[scale, 0.1 * scale] for scale in guidance]
+        ledger.add("finished", run.name, 1, record_of(run, 0.1) | {"swept": swept})
+    write_study_report(analyse(ledger, "x"), tmp_path)
+    assert "Trials and their runs" in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_yet(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxflow_train.ablation import plan as plans
-from fluxflow_train.ablation.plan import expand, load, parse
+from fluxflow_train.ablation import plan_file
+from fluxflow_train.ablation.plan import expand
+from fluxflow_train.ablation.plan_file import load, parse
 from fluxflow_train.ablation.tuning import Choice
 from fluxflow_train.cli import config_folder
 from fluxflow_train.errors import UserError
@@ -56,7 +57,8 @@ def test_a_run_is_one_exact_command() -> None:
 
 
 def test_guidance_is_tuned_with_the_rate() -> None:
-    plan = plan_of(experiment="flow_bezier", vaes=VAES, tuning={**TUNING, "guidance": [1, 2.5]})
+    metric = {**CONTENT["metric"], "name": "kid"}
+    plan = plan_of(experiment="flow_bezier", vaes=VAES, metric=metric, tuning={**TUNING, "guidance": [1, 2.5]})
     frozen = frozen_of(plan)
     trial, run = (next(r for r in frozen.runs if r.phase == phase) for phase in ("tune", "main"))
     assert "evaluate.report.guidance_scales=[1,2.5]" in frozen.overrides(trial, None, Path("d"))
@@ -75,7 +77,7 @@ def test_every_key_is_in_the_hash() -> None:
     assert parse(plan_of(tuning=TUNING).content, "again").hash == plan_of(tuning=TUNING).hash
 
 
-@pytest.mark.parametrize("path", sorted((config_folder() / plans.FOLDER).glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((config_folder() / plan_file.FOLDER).glob("*.yaml")), ids=lambda p: p.stem)
 def test_plans_that_ship_are_well_formed(path: Path) -> None:
     plan = load(path.stem)
     assert plan.name == path.stem and len(expand(plan)) > 4
@@ -101,6 +103,15 @@ def test_plans_that_ship_are_well_formed(path: Path) -> None:
         ({"match": "none"}, "arms that are matched"),
         ({"tuning": {**TUNING, "sizes": ["x"]}}, "tuning.sizes x are no sizes"),
         ({"tuning": {**TUNING, "guidance": [1, 3]}}, "in a study of flows"),
+        ({"vaes": VAES, "tuning": {**TUNING, "guidance": [1, 3]}}, "metric.name=psnr does not depend on guidance"),
+        ({"tuning": {**TUNING, "seeds": []}}, "must not be empty"),
+        ({"tuning": {**TUNING, "values": [0.1, 0.1]}}, "must differ"),
+        ({"vaes": {**VAES, "arms": {}}}, "vaes.arms must not be empty"),
+        ({"metric": {**CONTENT["metric"], "split": "tset"}}, "metric.split=tset: it is one of train, tune, test"),
+        ({"decision": {**CONTENT["decision"], "against": ["relu", "relu"]}}, "names an arm twice"),
+        ({"decision": {**CONTENT["decision"], "margin": float("nan")}}, "margin is positive"),
+        ({"tolerance": -1}, "tolerance is positive"),
+        ({"budget_images": 0}, "budget_images is positive"),
         ({"vaes": VAES, "tuning": {**TUNING, "guidance": []}}, "tuning.guidance holds scales"),
         ({"tuning": {**TUNING, "seeds": [1]}}, r"tuning.seeds \[1\] are compared later"),
     ],

@@ -41,10 +41,11 @@ class Quick(Worker):
 
 def finish(directory: Path, psnr: float, scales: list[float], is_vae: bool) -> None:
     """A VAE that flows are trained on isn't measured by what the study compares."""
-    results = [{"name": "ssim" if is_vae else "psnr", "raw": psnr}, {"name": "rate_nats", "raw": 500.0}]
+    names = ["ssim"] if is_vae else ["psnr", "kid"] if scales or "on_" in directory.name else ["psnr"]
+    results = [*({"name": name, "raw": psnr} for name in names), {"name": "rate_nats", "raw": 500.0}]
     report = {"results": results, "status": "final", "status_reasons": [], "environment": {}, "figures": {}}
     # The better the nearer the scale is to 2.
-    report["sweep"] = [{"guidance": s, "results": [{"name": "psnr", "raw": psnr - abs(s - 2)}]} for s in scales]
+    report["sweep"] = [{"guidance": s, "results": [{"name": "kid", "raw": psnr - abs(s - 2)}]} for s in scales]
     made = {"images_seen": 128, "seconds_training": 1.0, "command": "python", "git": "abc"}
     (directory / "report.json").write_text(json.dumps(report))
     (directory / "model.json").write_text(json.dumps({"sha256": "0", "provenance": made}))
@@ -89,7 +90,8 @@ def test_everything_is_made_once_trials_first(worker: Callable[..., Quick], tmp_
 
 def test_the_best_pair_of_rate_and_guidance_is_taken(worker: Callable[..., Quick], tmp_path: Path) -> None:
     tuning = {**TUNING, "guidance": [1, 2, 5]}
-    frozen = frozen_of(plan_of(experiment="flow_bezier", vaes=VAES, tuning=tuning))
+    metric = {"name": "kid", "label": "KID", "unit": "", "better": "higher", "split": "test"}
+    frozen = frozen_of(plan_of(experiment="flow_bezier", vaes=VAES, tuning=tuning, metric=metric))
     worker(frozen).work()
     ledger = Ledger(tmp_path / FILE_NAME)
     finished = [event.record for event in ledger.events() if event.event == "finished"]
@@ -153,6 +155,16 @@ def test_an_update_with_nan_is_no_reason_to_lose_a_run(worker: Callable[..., Qui
     events = Ledger(tmp_path / FILE_NAME).events()
     records = [event.record for event in events if event.event == "finished"]
     assert len(records) == 8 and records[0]["curves"]["val/psnr"] == {"images": [64], "values": [20.0]}
+
+
+def test_a_rate_at_which_all_arms_diverge_is_a_result(worker: Callable[..., Quick], tmp_path: Path) -> None:
+    arms: dict[str, list[str]] = {f"arm{i}": [] for i in range(6)}
+    decision = {"size_ratio": None, "against": ["arm1"], "margin": 0.3, "confidence": 0.95}
+    frozen = frozen_of(plan_of(arms=arms, candidate="arm0", decision=decision, tuning=TUNING))
+    diverging = worker(frozen, attempts=1)
+    diverging.ends = lambda name: (1, "NaN") if "0.004" in name else (0, "")
+    diverging.work()
+    assert progress(frozen, Ledger(tmp_path / FILE_NAME), 1) == {"finished": 6 + 24, "failed": 6, "pending": 0}
 
 
 def test_a_diverging_trial_is_no_choice_and_stops_nothing(worker: Callable[..., Quick], tmp_path: Path) -> None:
