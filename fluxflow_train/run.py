@@ -90,7 +90,8 @@ def fit(directory: RunDirectory, config: DictConfig, here: ranks.Ranks) -> tuple
     except Stopped as stop:
         if launched_by_lightning():  # whose first process ends them all, by SIGKILL, when one ends with an error
             raise SystemExit(0) from stop
-        go_on = f"{stop}, saved: go on with python -m fluxflow_train run={directory.path}"
+        how = str(stop) if str(stop).endswith("saved") else f"stopped by {preemption.noted()}, last checkpoint kept"
+        go_on = f"{how}: go on with python -m fluxflow_train run={directory.path}"
         raise Stopped(go_on if trainer.is_global_zero else "") from stop
     except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
         say(f"stopped at once: go on from the last checkpoint with python -m fluxflow_train run={directory.path}")

@@ -39,7 +39,7 @@ class Preemption(L.Callback):
         checkpoint = next(c for c in trainer.callbacks if isinstance(c, Checkpoint))  # type: ignore[attr-defined]
         if seen > checkpoint.saved_at:
             checkpoint.save(trainer, seen)
-        raise Stopped(f"stopped by {reasons[0]} at {seen:,} of {pl_module.budget_images:,} images")
+        raise Stopped(f"stopped by {reasons[0]} at {seen:,} of {pl_module.budget_images:,} images, saved")
 
     def reason(self) -> str:
         over = self.hours is not None and preemption.hours_passed() >= self.hours

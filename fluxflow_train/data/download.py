@@ -48,7 +48,7 @@ class Patience:
 
 
 class _Answer(NamedTuple):
-    body: AbstractContextManager[IO[bytes]]
+    body: AbstractContextManager[Any]
     start: int  # position of its first byte in the file
     total: int | None  # bytes of the file
     tag: str  # of this version of it; "" where the server tells none
@@ -56,6 +56,31 @@ class _Answer(NamedTuple):
 
 class Refused(UserError):
     """The server answers, and has no such file or doesn't give it: another try won't mend that."""
+
+
+class _ForeignError(OSError):
+    """What a package behind fsspec raised: its own errors don't tell what passes, so all are tried again."""
+
+
+class _Foreign(AbstractContextManager):
+    """A file of fsspec's, whose reading raises OSError alone."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def __enter__(self) -> "_Foreign":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._body.close()
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._body.read(size)
+        except OSError:
+            raise
+        except Exception as error:
+            raise _ForeignError(f"{type(error).__name__} {error}") from error
 
 
 class _Final(Exception):
@@ -180,12 +205,12 @@ def _open_fsspec(url: str, have: int) -> _Answer:
         raise _Final(str(error)) from error
     except (FileNotFoundError, PermissionError) as error:
         raise _Final(f"{type(error).__name__} {error}") from error
-    except OSError:  # the network's: worth another try
+    except OSError:
         raise
-    except Exception as error:  # of the package that knows the scheme: no credentials, no such bucket
-        raise _Final(f"{type(error).__name__} {error}") from error
+    except Exception as error:  # of the package that knows the scheme
+        raise _ForeignError(f"{type(error).__name__} {error}") from error
     body.seek(have)
-    return _Answer(body, have, total, "")
+    return _Answer(_Foreign(body), have, total, "")
 
 
 def _run(url: str, target: Path, room: Room, patience: Patience, allow_pipe: bool) -> None:

@@ -116,7 +116,12 @@ def _unique(file: BinaryIO, members: list[Member], dropped: Counter[str]) -> lis
     for name, member in by_name.items():
         folder, slash, base = name.rpartition("/")
         groups.setdefault(folder + slash + base.partition(".")[0], []).append(member)
-    return [member for group in groups.values() for member in sorted(group, key=lambda member: member.name)]
+    # Where dots belong to the keys, a group holds several samples, and the members of each lie together.
+    return [
+        member
+        for group in groups.values()
+        for member in sorted(group, key=lambda member: (member.name.rpartition(".")[0], member.name))
+    ]
 
 
 def _same(file: BinaryIO, one: Member, other: Member) -> bool:

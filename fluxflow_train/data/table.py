@@ -139,6 +139,9 @@ def _image_row(descriptor: int, sample: Members, counts: Counter[str]) -> dict[s
         return {"problem": PROBLEMS.index("no image")}
     if len(present) > 1:
         counts["several images in a sample, first format used"] += 1
+    beside = sum("." in extension and extension.rpartition(".")[2] in EXTENSIONS for extension in sample.members)
+    if beside:  # img.seg.jpg beside img.jpg belongs to it, as WebDataset has it; or somebody's key has dots
+        counts["images with dots in the extension, beside one without, not read"] += beside
     image = present[0]
     row = {"image_offset": image.offset, "image_size": image.size}
     if image.size > MAX_IMAGE_BYTES:

@@ -239,6 +239,7 @@ class TestSamples:
         assert len(index) == 1
         assert index.image(0) == encoded(1, format="JPEG")
         assert index.dotted_keys == []
+        assert index.counts == {"images with dots in the extension, beside one without, not read": 1}
 
     def test_missing_image_is_counted_and_dropped(self, make_tar, pairs, cache):
         path = make_tar([*pairs(3), ("0003.txt", b"alone")])

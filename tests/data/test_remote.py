@@ -208,13 +208,33 @@ class TestContent:
         with pytest.raises(UserError, match=r"memory://bucket/none.tar: FileNotFoundError"):
             cache().fetch("memory://bucket/none.tar")
 
-    def test_what_a_packages_own_errors_say(self, cache):
+    def test_what_a_package_raises_of_its_own_is_tried_again(self, server, shards, cache, tmp_path):
+        tries = []
+
+        class Shaky(fsspec.implementations.memory.MemoryFileSystem):  # as aiohttp's and botocore's: no OSError
+            @classmethod
+            def _strip_protocol(cls, path):
+                return super()._strip_protocol(path.replace("shaky://", "memory://"))
+
+            def info(self, path, **kwargs):
+                tries.append(path)
+                if len(tries) < 3:
+                    raise RuntimeError("server disconnected")
+                return super().info(path, **kwargs)
+
+        fsspec.register_implementation("shaky", Shaky, clobber=True)
+        with fsspec.open("memory://bucket/0.tar", "wb") as file:
+            file.write(server.files["/data/0.tar"])  # type: ignore[attr-defined]
+        assert cache().fetch("shaky://bucket/0.tar").read_bytes() == server.files["/data/0.tar"]
+        assert len(tries) >= 3
+
+    def test_what_never_passes_is_an_error_in_the_end(self, cache):
         class Locked(fsspec.AbstractFileSystem):
             def info(self, path, **kwargs):
-                raise RuntimeError("unable to locate credentials")  # as botocore does: no OSError
+                raise RuntimeError("unable to locate credentials")
 
         fsspec.register_implementation("locked", Locked, clobber=True)
-        with pytest.raises(UserError, match=r"locked://bucket/0.tar: RuntimeError unable to locate credentials"):
+        with pytest.raises(UserError, match=r"locked://bucket/0.tar: RuntimeError unable to locate credentials;"):
             cache().fetch("locked://bucket/0.tar")
 
     @pytest.mark.parametrize("url", ["s3://bucket/a.tar", "nonsense://bucket/a.tar"])

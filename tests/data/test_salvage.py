@@ -147,3 +147,10 @@ def test_never_in_place(script, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert script.main([str(tmp_path / "a.tar"), str(tmp_path / "d/a.tar"), "--repair", str(tmp_path / "e")]) == 2
     assert "two shards are named a.tar" in capsys.readouterr().err
+
+
+def test_dots_in_keys_keep_the_members_of_each_together(repair, encoded):
+    image = encoded(1, format="JPEG")
+    names = ("a.1.jpg", "a.1.k.jpg", "a.1.k.txt", "a.1.txt", "b.jpg", "b.txt")
+    code, keys, dropped = repair(tar_of([(name, image if name.endswith("jpg") else b"words") for name in names]))
+    assert code == 1 and keys == ["a.1", "a.1.k", "b"] and not any(dropped.values())
